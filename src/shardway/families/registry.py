@@ -1,0 +1,44 @@
+"""Which family serves an architecture."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from shardway.core.errors import Code, Problem, ShardwayError
+from shardway.families.llama import LLAMA
+from shardway.families.mistral import MISTRAL
+from shardway.families.qwen import QWEN2, QWEN3
+
+if TYPE_CHECKING:
+    from shardway.families.config import HFConfig
+    from shardway.families.family import Family
+
+FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3)
+_BY_ARCHITECTURE = {architecture: family for family in FAMILIES for architecture in family.architectures}
+
+
+def family_of(config: HFConfig) -> Family:
+    """The family that serves the config's architecture.
+
+    Raises:
+        ShardwayError: `architecture-unsupported`, with the nearest name and all that are supported.
+    """
+    architecture = config.architecture
+    try:
+        return _BY_ARCHITECTURE[architecture]
+    except KeyError:
+        from difflib import get_close_matches
+
+        near = get_close_matches(architecture, _BY_ARCHITECTURE, n=1, cutoff=0.5)
+        raise ShardwayError(
+            Problem(
+                code=Code.ARCHITECTURE_UNSUPPORTED,
+                what=f"no family of models is known for the architecture {architecture}",
+                facts=(
+                    *(f"nearest supported: {name}" for name in near),
+                    f"supported: {', '.join(sorted(_BY_ARCHITECTURE))}",
+                ),
+                file=config.file,
+                cure="`shardway families` lists what is supported",
+            )
+        ) from None
