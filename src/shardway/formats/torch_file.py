@@ -1,0 +1,401 @@
+"""Tensors inside files of `torch.save`: found without reading their bytes, framed without copying them."""
+
+from __future__ import annotations
+
+import math
+import os
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+from shardway.core.dtypes import DType, all_dtypes
+from shardway.core.errors import Code, Problem, ShardwayError
+from shardway.formats.pickle_writer import BINPERSID, EMPTY_TUPLE, FALSE, REDUCE, STOP, PickleWriter, integer
+from shardway.formats.pickles import Reference, load_pickle
+from shardway.formats.zips import (
+    Entry,
+    ZipInvalidError,
+    central_entry,
+    content_offset,
+    directory_end,
+    local_entry,
+    local_header,
+    local_header_bytes,
+    read_directory,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from shardway.core.tensors import Shape
+
+_MAX_PICKLE_BYTES = 64 << 20
+_ONE_READ_BYTES = 8192  # blobs up to here are read whole: one read costs less than two
+_HEAD_BYTES = 2048  # torch puts data.pkl and the header of the first tensor in the first 700 bytes
+_TAIL_BYTES = 1024  # and 561 bytes of directory at the end
+
+
+class TensorBlob(NamedTuple):
+    """Where the elements of a tensor lie that `torch.save` wrote.
+
+    Attributes:
+        dtype: Type of its elements.
+        shape: Its shape; the elements are row-major and contiguous.
+        data_offset: Byte offset of the first element in the file (not in the blob).
+        num_bytes: Bytes of its elements.
+    """
+
+    dtype: DType
+    shape: Shape
+    data_offset: int
+    num_bytes: int
+
+
+class TensorFrame(NamedTuple):
+    """The bytes around a tensor's elements that make a file of `torch.save`: `head`, the elements, `tail`."""
+
+    head: bytes
+    tail: bytes
+    num_bytes: int
+
+    @property
+    def length(self) -> int:
+        """Bytes of the whole blob."""
+        return len(self.head) + self.num_bytes + len(self.tail)
+
+
+class Storage(NamedTuple):
+    """A storage that a pickle names: the entry ``data/<key>``; `dtype` is None for an untyped one, counted in bytes."""
+
+    dtype: DType | None
+    key: str
+    num_elements: int
+
+
+class View(NamedTuple):
+    """A contiguous row-major tensor in a storage."""
+
+    storage: Storage
+    dtype: DType
+    start_bytes: int
+    shape: Shape
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def storage_bytes(self) -> int:
+        """Bytes of the whole storage."""
+        return self.storage.num_elements * (self.storage.dtype.itemsize if self.storage.dtype else 1)
+
+
+class _StorageClass(NamedTuple):
+    dtype: DType | None
+
+
+def read_tensor_blob(fd: int, offset: int, length: int, *, file: str, tensor: str) -> TensorBlob:
+    """Where the elements of one `torch.save(tensor)` lie, with all sizes proven to fit; the elements are not read.
+
+    Args:
+        fd: An open file.
+        offset: Byte offset of the blob in it.
+        length: Bytes of the blob.
+        file: The file to name in errors.
+        tensor: The tensor to name in errors.
+
+    Returns:
+        Type, shape and place of the elements.
+
+    Raises:
+        ShardwayError: `torch-file-invalid`, `pickle-forbidden`, `pickle-invalid` or `dtype-unsupported`.
+
+    Source: torch/serialization.py `_save`, torch/_utils.py `_rebuild_tensor_v2` (2.13).
+    """
+
+    def read(at: int, size: int) -> bytes:
+        return os.pread(fd, max(0, min(size, length - at)), offset + at) if at >= 0 else b""
+
+    if length <= _ONE_READ_BYTES:
+        head = tail = os.pread(fd, max(length, 0), offset)
+    else:
+        head = os.pread(fd, _HEAD_BYTES, offset)
+        tail = os.pread(fd, _TAIL_BYTES, offset + length - _TAIL_BYTES)
+        if len(tail) != _TAIL_BYTES:
+            tail = b""
+    try:
+        entries = read_directory(tail, length, read)
+        prefix, data = _open(entries, head, read)
+        try:
+            view = _view_of_pickle(data)
+        except ShardwayError as error:
+            raise _located(error, file, tensor) from None
+        name = prefix + b"/data/" + view.storage.key.encode()
+        place = _storage_offset(entries, name, view, head, read)
+    except ZipInvalidError as error:
+        raise _invalid(str(error), file, tensor, offset, length) from None
+    return TensorBlob(view.dtype, view.shape, offset + place, view.num_bytes)
+
+
+def tensor_blob_frame(dtype: DType, shape: Shape, *, offset: int = 0, align: int = 64, phase: int = 0) -> TensorFrame:
+    """The bytes that go before and after a tensor's elements so that `torch.load` reads the whole as the tensor.
+
+    The first element comes to lie at a file offset that is `phase` modulo `align`.
+
+    Args:
+        dtype: Type of the elements.
+        shape: Shape of the tensor.
+        offset: Byte offset in the file at which the blob will start.
+        align: Bytes, at most 32,768; 64 as torch does, or a filesystem's block size where extents are to be shared.
+        phase: Bytes, below `align`.
+
+    Returns:
+        Head, tail and the number of bytes that go between.
+
+    Raises:
+        ShardwayError: `dtype-unsupported` for elements smaller than a byte.
+    """
+    template = _template(dtype, shape)
+    padding = 4 + (phase - offset - template.min_head - 4) % align
+    head = template.before + local_header(_DATA, template.num_bytes, padding)
+    start = len(head) + template.num_bytes
+    return TensorFrame(head, template.central + directory_end(4, len(template.central), start), template.num_bytes)
+
+
+class _Template(NamedTuple):
+    before: bytes
+    min_head: int
+    central: bytes
+    num_bytes: int
+
+
+_DATA = b"archive/data/0"
+
+
+@lru_cache(maxsize=4096)
+def _template(dtype: DType, shape: Shape) -> _Template:
+    num_bytes = math.prod(shape) * dtype.itemsize
+    before, central = b"", b""
+    small = (
+        (b"archive/data.pkl", tensor_pickle(dtype, shape)),
+        (b"archive/byteorder", b"little"),
+        (b"archive/version", b"3\n"),
+    )
+    for name, content in small:
+        entry = local_entry(name, content)
+        central += central_entry(name, len(before), len(content), int.from_bytes(entry[14:18], "little"))
+        before += entry
+    central += central_entry(_DATA, len(before), num_bytes)
+    return _Template(before, len(before) + local_header_bytes(_DATA, num_bytes), central, num_bytes)
+
+
+def tensor_pickle(dtype: DType, shape: Shape) -> bytes:
+    """The ``data.pkl`` of a file that holds one tensor in storage 0."""
+    writer = PickleWriter(2)
+    return writer.start + write_tensor(writer, dtype, shape, "0") + STOP
+
+
+def write_tensor(writer: PickleWriter, dtype: DType, shape: Shape, key: str) -> bytes:
+    """Opcodes for a tensor that fills storage `key`."""
+    num_elements = math.prod(shape)
+    strides = [1] * len(shape)
+    for axis in range(len(shape) - 2, -1, -1):
+        strides[axis] = strides[axis + 1] * max(shape[axis + 1], 1)
+    if dtype.storage is not None:
+        function = writer.reference("torch._utils", "_rebuild_tensor_v2")
+        storage_class = ("torch", dtype.storage)
+    else:
+        function = writer.reference("torch._utils", "_rebuild_tensor_v3")
+        storage_class = ("torch.storage", "UntypedStorage")
+        num_elements *= dtype.itemsize
+    parts = [b"(", writer.text("storage"), writer.reference(*storage_class), writer.text(key), writer.text("cpu")]
+    parts += [integer(num_elements), b"t", BINPERSID, integer(0), writer.integers(shape), writer.integers(tuple(strides))]
+    parts += [FALSE, writer.reference("collections", "OrderedDict"), EMPTY_TUPLE, REDUCE]
+    if dtype.storage is None:
+        parts.append(writer.reference("torch", dtype.name))
+    return b"".join((function, b"(", *parts, b"t", REDUCE))
+
+
+def _open(entries: dict[bytes, Entry], head: bytes, read: Callable[[int, int], bytes]) -> tuple[bytes, bytes]:
+    """The archive's name, which is the folder of its first entry, and its pickle."""
+    first = next(reversed(entries), b"")  # read_directory collects from the last entry to the first
+    prefix = first.partition(b"/")[0]
+    name = prefix + b"/data.pkl"
+    data = _content(entries, name, head, read, _MAX_PICKLE_BYTES)
+    order = prefix + b"/byteorder"
+    if order in entries and _content(entries, order, head, read, 16) != b"little":
+        raise ZipInvalidError("it was written by a big-endian machine")
+    return prefix, data
+
+
+def _content(entries: dict[bytes, Entry], name: bytes, head: bytes, read: Callable[[int, int], bytes], most: int) -> bytes:
+    entry = entries.get(name)
+    if entry is None:
+        raise ZipInvalidError(f"it has no entry {name.decode('utf-8', 'replace')!r}")
+    if entry.size > most:
+        raise ZipInvalidError(f"entry {name.decode('utf-8', 'replace')!r} has {entry.size:,} bytes; at most {most:,}")
+    start = content_offset(entry, name, head, read)
+    if start + entry.size <= len(head):
+        return head[start : start + entry.size]
+    data = read(start, entry.size)
+    if len(data) != entry.size:
+        raise ZipInvalidError(f"entry {name.decode('utf-8', 'replace')!r} is cut off")
+    return data
+
+
+def _storage_offset(
+    entries: dict[bytes, Entry], name: bytes, view: View, head: bytes, read: Callable[[int, int], bytes]
+) -> int:
+    """Offset from the archive's start of a view's first element."""
+    entry = entries.get(name)
+    if entry is None:
+        raise ZipInvalidError(f"it has no entry {name.decode('utf-8', 'replace')!r}")
+    if entry.size != view.storage_bytes:
+        raise ZipInvalidError(f"storage {view.storage.key} should have {view.storage_bytes:,} bytes, has {entry.size:,}")
+    if view.start_bytes + view.num_bytes > entry.size:
+        raise ZipInvalidError(
+            f"a tensor of shape {list(view.shape)} ends at byte {view.start_bytes + view.num_bytes:,} "
+            f"of a storage of {entry.size:,}"
+        )
+    return content_offset(entry, name, head, read) + view.start_bytes
+
+
+@lru_cache(maxsize=4096)
+def _view_of_pickle(data: bytes) -> View:
+    """The tensor of a ``data.pkl``; chunks of the same type and shape share the same bytes, hence the cache."""
+    view = load_pickle(data, allowed=TENSOR_NAMES, persistent=storage_of_id, file="data.pkl")
+    if type(view) is not View:
+        raise ShardwayError(Problem(code=Code.TORCH_FILE_INVALID, what="the file does not hold one tensor"))
+    return view
+
+
+def storage_of_id(identity: object) -> Storage:
+    """The storage that a persistent id of `torch.save` describes."""
+    match identity:
+        case ("storage", _StorageClass(dtype), str(key), str(_), int(num_elements)) if 0 <= num_elements < 2**63:
+            return Storage(dtype, key, num_elements)
+    raise ShardwayError(Problem(code=Code.PICKLE_INVALID, what="a persistent id is not that of a storage"))
+
+
+def rebuild_tensor(
+    storage: object,
+    start: object,
+    shape: object,
+    strides: object,
+    requires_grad: object = False,  # noqa: FBT002  # the signature is torch's
+    hooks: object = None,
+    metadata: object = None,
+) -> View:
+    """Stands in for ``torch._utils._rebuild_tensor_v2``."""
+    del requires_grad
+    if not isinstance(storage, Storage) or storage.dtype is None:
+        raise _unfit("a tensor is not built on a storage of known type")
+    return _rebuild(storage, storage.dtype, start, shape, strides, hooks, metadata)
+
+
+def rebuild_untyped(
+    storage: object,
+    start: object,
+    shape: object,
+    strides: object,
+    requires_grad: object,
+    hooks: object,
+    dtype: object,
+    metadata: object = None,
+) -> View:
+    """Stands in for ``torch._utils._rebuild_tensor_v3``."""
+    del requires_grad
+    if not isinstance(storage, Storage) or type(dtype) is not DType:
+        raise _unfit("a tensor is not built on a storage of known type")
+    return _rebuild(storage, dtype, start, shape, strides, hooks, metadata)
+
+
+def rebuild_parameter(data: object, requires_grad: object, hooks: object, state: object = None) -> object:
+    """Stands in for ``torch._utils._rebuild_parameter``: the parameter's tensor."""
+    del requires_grad, hooks, state
+    return data
+
+
+def _rebuild(
+    storage: Storage, dtype: DType, start: object, shape: object, strides: object, hooks: object, metadata: object
+) -> View:
+    sizes, steps = _integers(shape), _integers(strides)
+    if sizes is None or steps is None or len(sizes) != len(steps) or type(start) is not int or start < 0 or hooks:
+        raise _unfit("a tensor's shape, strides or offset are no counts")
+    if metadata:
+        raise _unfit("the tensor is conjugated or negated lazily; resolve it before saving (tensor.resolve_conj())")
+    step = 1
+    for size, actual in zip(reversed(sizes), reversed(steps), strict=True):
+        if size > 1 and actual != step and 0 not in sizes:
+            raise _unfit(f"the tensor of shape {list(sizes)} has strides {list(steps)}: save it contiguous")
+        step *= size
+    return View(storage, dtype, start * dtype.itemsize, sizes)
+
+
+def _integers(values: object) -> Shape | None:
+    if type(values) is not tuple or len(values) > 64:
+        return None
+    return values if all(type(value) is int and 0 <= value < 2**63 for value in values) else None
+
+
+def size_of(values: object = ()) -> Shape:
+    """Stands in for ``torch.Size``."""
+    sizes = _integers(tuple(values) if type(values) is list else values)
+    if sizes is None:
+        raise ShardwayError(Problem(code=Code.PICKLE_INVALID, what="a torch.Size is not made of counts"))
+    return sizes
+
+
+def ordered_dict(items: object = ()) -> dict[object, object]:
+    """Stands in for ``collections.OrderedDict``; items are set by opcodes of their own."""
+    if items:
+        raise ShardwayError(Problem(code=Code.PICKLE_INVALID, what="an OrderedDict is made from a sequence"))
+    return {}
+
+
+def _unfit(what: str) -> ShardwayError:
+    return ShardwayError(Problem(code=Code.TORCH_FILE_INVALID, what=what, file="data.pkl"))
+
+
+DTYPE_NAMES: dict[tuple[str, str], object] = {("torch", dtype.name): dtype for dtype in all_dtypes()}
+TENSOR_NAMES: dict[tuple[str, str], object] = {
+    **DTYPE_NAMES,
+    **{("torch", dtype.storage): _StorageClass(dtype) for dtype in all_dtypes() if dtype.storage},
+    ("torch.storage", "UntypedStorage"): _StorageClass(None),
+    ("torch", "Size"): Reference("torch.Size", size_of),
+    ("torch._utils", "_rebuild_tensor_v2"): Reference("torch._utils._rebuild_tensor_v2", rebuild_tensor),
+    ("torch._utils", "_rebuild_tensor_v3"): Reference("torch._utils._rebuild_tensor_v3", rebuild_untyped),
+    ("torch._utils", "_rebuild_parameter"): Reference("torch._utils._rebuild_parameter", rebuild_parameter),
+    ("torch._utils", "_rebuild_parameter_with_state"): Reference(
+        "torch._utils._rebuild_parameter_with_state", rebuild_parameter
+    ),
+    ("collections", "OrderedDict"): Reference("collections.OrderedDict", ordered_dict),
+}
+
+
+def _invalid(what: str, file: str, tensor: str, offset: int, length: int) -> ShardwayError:
+    return ShardwayError(
+        Problem(
+            code=Code.TORCH_FILE_INVALID,
+            what=f"cannot read {tensor}: {what}",
+            tensor=tensor,
+            file=file,
+            facts=(f"bytes {offset:,} to {offset + length:,} of the file should hold one torch.save(tensor)",),
+            cure="the file is damaged or was not written by torch.save: copy or save it again",
+        )
+    )
+
+
+def _located(error: ShardwayError, file: str, tensor: str) -> ShardwayError:
+    """`error` with the file and the tensor that the cached parser does not know."""
+    return ShardwayError(
+        Problem(
+            code=problem.code,
+            what=f"cannot read {tensor}: {problem.what}",
+            tensor=tensor,
+            file=file,
+            facts=problem.facts,
+            cure=problem.cure or "save the tensor again with torch.save",
+        )
+        for problem in error.problems
+    )
