@@ -1,0 +1,1 @@
+"""File formats: safetensors and Hugging Face directories, torch zip containers and torch_dist directories."""
