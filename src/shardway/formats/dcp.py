@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard
@@ -96,7 +97,9 @@ class _Emitter:
     def __init__(self) -> None:
         self._writer = PickleWriter(4)
 
-    def metadata(self, tensors: Mapping[str, DcpTensor], objects: Mapping[str, DcpLocation], save_id: str | None) -> bytes:
+    def metadata(
+        self, tensors: Mapping[str, DcpTensor], objects: Mapping[str, DcpLocation], save_id: str | None
+    ) -> bytes:
         writer = self._writer
         parts = [writer.start, writer.reference(_METADATA, "Metadata"), NEW_OBJECT, EMPTY_DICT, MARK]
         parts += (writer.text("state_dict_metadata"), EMPTY_DICT, MARK)
@@ -123,7 +126,12 @@ class _Emitter:
     def _tensor(self, parts: list[bytes], key: str, tensor: DcpTensor) -> None:
         writer = self._writer
         parts += (writer.text(key), writer.reference(_METADATA, "TensorStorageMetadata"), NEW_OBJECT, EMPTY_DICT, MARK)
-        parts += (writer.text("properties"), self._properties(tensor.dtype), writer.text("size"), self._size(tensor.shape))
+        parts += (
+            writer.text("properties"),
+            self._properties(tensor.dtype),
+            writer.text("size"),
+            self._size(tensor.shape),
+        )
         parts += (writer.text("chunks"), EMPTY_LIST, MARK)
         for start, size, _ in tensor.chunks:
             parts += (writer.reference(_METADATA, "ChunkStorageMetadata"), NEW_OBJECT, EMPTY_DICT, MARK)
@@ -136,7 +144,15 @@ class _Emitter:
         if known is not None:
             return known
         cls = writer.reference(_METADATA, "TensorProperties") + NEW_OBJECT
-        state = (MARK, writer.reference("torch", dtype.name), self._layout(), FALSE, self._memory_format(), FALSE, b"tb")
+        state = (
+            MARK,
+            writer.reference("torch", dtype.name),
+            self._layout(),
+            FALSE,
+            self._memory_format(),
+            FALSE,
+            b"tb",
+        )
         return writer.memoise(dtype, cls + b"".join(state))
 
     def _layout(self) -> bytes:
@@ -198,6 +214,16 @@ def read_metadata(data: bytes, file: str) -> DcpMetadata:
 
     Source: torch/distributed/checkpoint/metadata.py and filesystem.py (2.13).
     """
+    collecting = gc.isenabled()
+    gc.disable()  # a million small objects, none of them garbage: the collector would take as long as the reading
+    try:
+        return _read(data, file)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _read(data: bytes, file: str) -> DcpMetadata:
     root = load_pickle(data, allowed=_NAMES, file=file)
     if not _is(root, "Metadata"):
         raise _invalid(f"it holds a {type(root).__name__}, not a torch.distributed.checkpoint Metadata", file)
@@ -280,7 +306,9 @@ def _tensor(
     properties, shape, saved_chunks = state.get("properties"), state.get("size"), state.get("chunks")
     dtype = _dtype(properties)
     if dtype is None or not is_shape(shape) or type(saved_chunks) is not list:
-        problems.add(Code.METADATA_INVALID, f"the entry of {key} has no proper type, shape or chunks", tensor=key, file=file)
+        problems.add(
+            Code.METADATA_INVALID, f"the entry of {key} has no proper type, shape or chunks", tensor=key, file=file
+        )
         return None
     if math.prod(shape) >= 2**63 // 16:
         problems.add(Code.METADATA_INVALID, f"{key} has an impossible shape {list(shape)}", tensor=key, file=file)
@@ -379,7 +407,9 @@ def _report_strays(locations: Iterable[tuple[str, Shape | None]], file: str, pro
 
 def _invalid(what: str, file: str) -> ShardwayError:
     cure = "the checkpoint is damaged: copy or save it again"
-    return ShardwayError(Problem(code=Code.METADATA_INVALID, what=f"cannot read .metadata: {what}", file=file, cure=cure))
+    return ShardwayError(
+        Problem(code=Code.METADATA_INVALID, what=f"cannot read .metadata: {what}", file=file, cure=cure)
+    )
 
 
 _BYTES = f"{_METADATA}.BytesStorageMetadata"

@@ -64,13 +64,13 @@ class PickleWriter:
             return self.memoise(key, self.text(module) + self.text(name) + b"\x93")
         return self.memoise(key, f"c{module}\n{name}\n".encode())
 
-    def tuple(self, items: Iterable[bytes]) -> bytes:
+    def sequence(self, items: Iterable[bytes]) -> bytes:
         """A tuple of opcodes already made."""
         return b"".join((MARK, *items, TUPLE))
 
     def integers(self, values: tuple[int, ...]) -> bytes:
         """A tuple of integers."""
-        return self.tuple(map(integer, values))
+        return self.sequence(map(integer, values))
 
     def attributes(self, items: Iterable[tuple[str, bytes]]) -> bytes:
         """The state of an object: a dict with string keys, and the opcode that sets it.

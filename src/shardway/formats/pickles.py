@@ -1,14 +1,15 @@
-"""Pickles read as data: an interpreter of the opcodes that builds inert values and never imports, calls or sets anything."""
+"""Pickles read as data: an interpreter of opcodes that builds inert values and never imports or calls anything."""
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from shardway.core.errors import Code, Problem, ShardwayError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     Allowed = Mapping[tuple[str, str], object]
 
@@ -88,7 +89,7 @@ def load_pickle(
 
 
 class _Machine:
-    """The pickle machine: a stack, its marks and a memo. Position `i` is passed through the handlers of rare opcodes."""
+    """The machine that a pickle programs: a stack, its marks and a memo."""
 
     __slots__ = ("allowed", "data", "file", "inert_packages", "marks", "memo", "persistent", "stack")
 
@@ -142,7 +143,7 @@ class _Machine:
                     state = pop()
                     target = stack[-1]
                     if type(target) is not SavedObject or target.state is not None:
-                        self._fail("a state is set on something that has none")
+                        self.fail("a state is set on something that has none")
                     target.state = state
                 elif op == 0x7D:  # EMPTY_DICT
                     push({})
@@ -150,7 +151,7 @@ class _Machine:
                     start = marks.pop()
                     items = stack[start:]
                     del stack[start:]
-                    self._set_items(items)
+                    self.set_items(items)
                 elif op == 0x4E:  # NONE
                     push(None)
                 elif op == 0x85:  # TUPLE1
@@ -178,7 +179,7 @@ class _Machine:
                     handler = _RARE.get(op)
                     if handler is None:
                         self._refuse_opcode(op)
-                    i = handler(self, i)
+                    i = handler(self, op, i)
         except ShardwayError as error:
             if error.problems[0].file is None:  # from one of our constructors, which do not know the file
                 raise ShardwayError(self._problem(error.code, error.problems[0].what, i)) from None
@@ -190,42 +191,42 @@ class _Machine:
 
     def _result(self, i: int) -> object:
         if len(self.stack) != 1 or self.marks:
-            self._fail(f"the pickle ends with {len(self.stack)} values instead of one")
+            self.fail(f"the pickle ends with {len(self.stack)} values instead of one")
         if i != len(self.data):
-            self._fail(f"{len(self.data) - i} bytes follow the end of the pickle")
+            self.fail(f"{len(self.data) - i} bytes follow the end of the pickle")
         return self.stack[0]
 
     def _new(self, cls: object, args: object) -> SavedObject:
         if type(cls) is not Reference or cls.make is not None or type(args) is not tuple:
-            self._fail("an object is made of something that is no class")
+            self.fail("an object is made of something that is no class")
         return SavedObject(cls.name, args)
 
     def _reduce(self, function: object, args: object) -> object:
         if type(function) is not Reference or type(args) is not tuple:
-            self._fail("something that is no function is called")
+            self.fail("something that is no function is called")
         return SavedObject(function.name, args) if function.make is None else function.make(*args)
 
-    def _set_items(self, items: list[Any]) -> None:
+    def set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
         keys = items[::2]
         if type(target) is not dict or len(items) % 2:
-            self._fail("items are set on something that is no dict")
+            self.fail("items are set on something that is no dict")
         for key in keys:
             if type(key) is not str:
-                self._check_key(key)
+                self.check_key(key)
         target.update(zip(keys, items[1::2], strict=True))
 
-    def _check_key(self, key: object) -> None:
+    def check_key(self, key: object) -> None:
         # Hashing nested tuples takes time exponential in their depth when they share parts.
         parts = key if type(key) is tuple else (key,)
         if not all(type(part) in _HASHABLE for part in parts):
-            self._fail(f"a {type(key).__name__} is used as a key")
+            self.fail(f"a {type(key).__name__} is used as a key")
 
-    def _global(self, module: str, name: str) -> None:
+    def push_global(self, module: str, name: str) -> None:
         value = self.allowed.get((module, name))
         if value is None:
             if not f"{module}.".startswith(self.inert_packages or " "):
-                self._forbid(f"the pickle names {module}.{name}")
+                self.forbid(f"the pickle names {module}.{name}")
             value = Reference(f"{module}.{name}")
         self.stack.append(value)
 
@@ -234,10 +235,10 @@ class _Machine:
         cure = "the file is damaged, or is not a checkpoint: copy or save it again"
         return Problem(code=code, what=what, file=self.file, facts=facts, cure=cure)
 
-    def _fail(self, what: str) -> NoReturn:
+    def fail(self, what: str) -> NoReturn:
         raise ShardwayError(self._problem(Code.PICKLE_INVALID, what))
 
-    def _forbid(self, what: str) -> NoReturn:
+    def forbid(self, what: str) -> NoReturn:
         raise ShardwayError(
             Problem(
                 code=Code.PICKLE_FORBIDDEN,
@@ -250,199 +251,158 @@ class _Machine:
 
     def _refuse_opcode(self, op: int) -> NoReturn:
         if op in _FORBIDDEN_OPCODES:
-            self._forbid(f"the pickle uses opcode {_FORBIDDEN_OPCODES[op]}")
-        self._fail(f"opcode 0x{op:02x} is unknown or not used by pickles of Python 3")
+            self.forbid(f"the pickle uses opcode {_FORBIDDEN_OPCODES[op]}")
+        self.fail(f"opcode 0x{op:02x} is unknown or not used by pickles of Python 3")
 
-    # The rarer opcodes; each takes the position after the opcode and returns the position after its argument.
-
-    def _take(self, i: int, size: int) -> bytes:
+    def take(self, i: int, size: int) -> bytes:
+        """`size` bytes of the pickle from `i`."""
         if size > len(self.data) - i:
-            self._fail(f"a value claims {size:,} bytes where {len(self.data) - i:,} are left")
+            self.fail(f"a value claims {size:,} bytes where {len(self.data) - i:,} are left")
         return self.data[i : i + size]
 
-    def _integer(self, i: int, size: int) -> int:
-        return int.from_bytes(self._take(i, size), "little")
-
-    def _proto(self, i: int) -> int:
-        if not 2 <= self.data[i] <= 5:
-            self._fail(f"pickle protocol {self.data[i]}; 2 to 5 are known")
-        return i + 1
-
-    def _frame(self, i: int) -> int:
-        self._take(i, 8)
-        return i + 8
-
-    def _int32(self, i: int) -> int:
-        self.stack.append(int.from_bytes(self._take(i, 4), "little", signed=True))
-        return i + 4
-
-    def _long1(self, i: int) -> int:
-        size = self.data[i]
-        if size > _MAX_INTEGER_BYTES:
-            self._fail(f"an integer of {size} bytes")
-        self.stack.append(int.from_bytes(self._take(i + 1, size), "little", signed=True))
-        return i + 1 + size
-
-    def _float(self, i: int) -> int:
-        self.stack.append(struct.unpack_from(">d", self.data, i)[0])
-        return i + 8
-
-    def _true(self, i: int) -> int:
-        self.stack.append(True)
-        return i
-
-    def _false(self, i: int) -> int:
-        self.stack.append(False)
-        return i
-
-    def _counted(self, i: int, width: int) -> tuple[bytes, int]:
-        size = self._integer(i, width)
-        return self._take(i + width, size), i + width + size
-
-    def _text(self, i: int, width: int) -> int:
-        data, i = self._counted(i, width)
-        self.stack.append(str(data, "utf-8", "surrogatepass"))
-        return i
-
-    def _text1(self, i: int) -> int:
-        return self._text(i, 1)
-
-    def _text4(self, i: int) -> int:
-        return self._text(i, 4)
-
-    def _text8(self, i: int) -> int:
-        return self._text(i, 8)
-
-    def _bytes1(self, i: int) -> int:
-        data, i = self._counted(i, 1)
-        self.stack.append(data)
-        return i
-
-    def _bytes4(self, i: int) -> int:
-        data, i = self._counted(i, 4)
-        self.stack.append(data)
-        return i
-
-    def _bytes8(self, i: int) -> int:
-        data, i = self._counted(i, 8)
-        self.stack.append(data)
-        return i
-
-    def _put(self, index: int) -> None:
-        # Every pickler numbers its memo from zero without gaps; anything else would let one number claim gigabytes.
-        if index == len(self.memo):
-            self.memo.append(self.stack[-1])
-        elif index < len(self.memo):
-            self.memo[index] = self.stack[-1]
-        else:
-            self._fail(f"memo index {index:,} where {len(self.memo):,} come next")
-
-    def _binput(self, i: int) -> int:
-        self._put(self.data[i])
-        return i + 1
-
-    def _long_binput(self, i: int) -> int:
-        self._put(self._integer(i, 4))
-        return i + 4
-
-    def _list(self, i: int) -> int:
-        self.stack.append([])
-        return i
-
-    def _append(self, i: int) -> int:
-        self._extend([self.stack.pop()])
-        return i
-
-    def _appends(self, i: int) -> int:
-        self._extend(self._since_mark())
-        return i
-
-    def _extend(self, items: list[object]) -> None:
-        target = self.stack[-1]
-        if type(target) is not list:
-            self._fail("items are appended to something that is no list")
-        target.extend(items)
-
-    def _setitem(self, i: int) -> int:
-        value, key = self.stack.pop(), self.stack.pop()
-        self._set_items([key, value])
-        return i
-
-    def _empty_set(self, i: int) -> int:
-        self.stack.append(set())
-        return i
-
-    def _additems(self, i: int) -> int:
-        items = self._since_mark()
-        target = self.stack[-1]
-        if type(target) is not set:
-            self._fail("items are added to something that is no set")
-        for item in items:
-            self._check_key(item)
-        target.update(items)
-        return i
-
-    def _frozenset(self, i: int) -> int:
-        items = self._since_mark()
-        for item in items:
-            self._check_key(item)
-        self.stack.append(frozenset(items))
-        return i
-
-    def _since_mark(self) -> list[Any]:
+    def since_mark(self) -> list[Any]:
+        """What was pushed since the last mark, taken off the stack."""
         start = self.marks.pop()
         items = self.stack[start:]
         del self.stack[start:]
         return items
 
-    def _global_lines(self, i: int) -> int:
-        end = self.data.index(b"\n", i)
-        stop = self.data.index(b"\n", end + 1)
-        self._global(self.data[i:end].decode(), self.data[end + 1 : stop].decode())
-        return stop + 1
 
-    def _stack_global(self, i: int) -> int:
-        name, module = self.stack.pop(), self.stack.pop()
-        if type(name) is not str or type(module) is not str:
-            self._fail("a name that is no string")
-        self._global(module, name)
-        return i
+# The rarer opcodes. Each function gets the opcode and the position after it, and returns where the next one is.
 
-    def _persistent(self, i: int) -> int:
-        if self.persistent is None:
-            self._forbid("the pickle uses a persistent id")
-        self.stack[-1] = self.persistent(self.stack[-1])
+_Handler = Callable[[_Machine, int, int], int]
+_RARE: dict[int, _Handler] = {}
+
+
+def _opcodes(*codes: int) -> Callable[[_Handler], _Handler]:
+    def register(handler: _Handler) -> _Handler:
+        _RARE.update(dict.fromkeys(codes, handler))
+        return handler
+
+    return register
+
+
+@_opcodes(0x80)  # PROTO
+def _proto(machine: _Machine, _op: int, i: int) -> int:
+    if not 2 <= machine.data[i] <= 5:
+        machine.fail(f"pickle protocol {machine.data[i]}; 2 to 5 are known")
+    return i + 1
+
+
+@_opcodes(0x95)  # FRAME
+def _frame(machine: _Machine, _op: int, i: int) -> int:
+    machine.take(i, 8)
+    return i + 8
+
+
+@_opcodes(0x88, 0x89)  # NEWTRUE, NEWFALSE
+def _bool(machine: _Machine, op: int, i: int) -> int:
+    machine.stack.append(op == 0x88)
+    return i
+
+
+@_opcodes(0x4A, 0x8A)  # BININT, LONG1
+def _integer(machine: _Machine, op: int, i: int) -> int:
+    size = 4
+    if op == 0x8A:
+        size = machine.data[i]
+        i += 1
+    if size > _MAX_INTEGER_BYTES:
+        machine.fail(f"an integer of {size} bytes")
+    machine.stack.append(int.from_bytes(machine.take(i, size), "little", signed=True))
+    return i + size
+
+
+@_opcodes(0x47)  # BINFLOAT
+def _float(machine: _Machine, _op: int, i: int) -> int:
+    machine.stack.append(struct.unpack_from(">d", machine.data, i)[0])
+    return i + 8
+
+
+@_opcodes(0x8C, 0x58, 0x8D, 0x43, 0x42, 0x8E)  # SHORT_BINUNICODE, BINUNICODE, ..8, SHORT_BINBYTES, BINBYTES, ..8
+def _counted(machine: _Machine, op: int, i: int) -> int:
+    width = 1 if op in {0x8C, 0x43} else 4 if op in {0x58, 0x42} else 8
+    size = int.from_bytes(machine.take(i, width), "little")
+    data = machine.take(i + width, size)
+    machine.stack.append(str(data, "utf-8", "surrogatepass") if op in {0x8C, 0x58, 0x8D} else data)
+    return i + width + size
+
+
+@_opcodes(0x71, 0x72)  # BINPUT, LONG_BINPUT
+def _put(machine: _Machine, op: int, i: int) -> int:
+    # Every pickler numbers its memo from zero without gaps; anything else would let one number claim gigabytes.
+    width = 1 if op == 0x71 else 4
+    index = int.from_bytes(machine.take(i, width), "little")
+    if index > len(machine.memo):
+        machine.fail(f"memo index {index:,} where {len(machine.memo):,} comes next")
+    machine.memo[index : index + 1] = machine.stack[-1:]
+    return i + width
+
+
+@_opcodes(0x5D, 0x8F)  # EMPTY_LIST, EMPTY_SET
+def _empty(machine: _Machine, op: int, i: int) -> int:
+    machine.stack.append([] if op == 0x5D else set())
+    return i
+
+
+@_opcodes(0x61, 0x65)  # APPEND, APPENDS
+def _append(machine: _Machine, op: int, i: int) -> int:
+    items = [machine.stack.pop()] if op == 0x61 else machine.since_mark()
+    target = machine.stack[-1]
+    if type(target) is not list:
+        machine.fail("items are appended to something that is no list")
+    target.extend(items)
+    return i
+
+
+@_opcodes(0x73)  # SETITEM
+def _setitem(machine: _Machine, _op: int, i: int) -> int:
+    value, key = machine.stack.pop(), machine.stack.pop()
+    machine.set_items([key, value])
+    return i
+
+
+@_opcodes(0x90, 0x91)  # ADDITEMS, FROZENSET
+def _set(machine: _Machine, op: int, i: int) -> int:
+    items = machine.since_mark()
+    for item in items:
+        machine.check_key(item)
+    if op == 0x91:
+        machine.stack.append(frozenset(items))
         return i
+    target = machine.stack[-1]
+    if type(target) is not set:
+        machine.fail("items are added to something that is no set")
+    target.update(items)
+    return i
+
+
+@_opcodes(0x63)  # GLOBAL
+def _global(machine: _Machine, _op: int, i: int) -> int:
+    end = machine.data.index(b"\n", i)
+    stop = machine.data.index(b"\n", end + 1)
+    machine.push_global(machine.data[i:end].decode(), machine.data[end + 1 : stop].decode())
+    return stop + 1
+
+
+@_opcodes(0x93)  # STACK_GLOBAL
+def _stack_global(machine: _Machine, _op: int, i: int) -> int:
+    name, module = machine.stack.pop(), machine.stack.pop()
+    if type(name) is not str or type(module) is not str:
+        machine.fail("a name that is no string")
+    machine.push_global(module, name)
+    return i
+
+
+@_opcodes(0x51)  # BINPERSID
+def _persistent(machine: _Machine, _op: int, i: int) -> int:
+    if machine.persistent is None:
+        machine.forbid("the pickle uses a persistent id")
+    machine.stack[-1] = machine.persistent(machine.stack[-1])
+    return i
 
 
 _HASHABLE = frozenset((str, int, bool, float, type(None), bytes, SavedObject))
-_RARE: dict[int, Callable[[_Machine, int], int]] = {
-    0x80: _Machine._proto,
-    0x95: _Machine._frame,
-    0x4A: _Machine._int32,
-    0x8A: _Machine._long1,
-    0x47: _Machine._float,
-    0x88: _Machine._true,
-    0x89: _Machine._false,
-    0x8C: _Machine._text1,
-    0x58: _Machine._text4,
-    0x8D: _Machine._text8,
-    0x43: _Machine._bytes1,
-    0x42: _Machine._bytes4,
-    0x8E: _Machine._bytes8,
-    0x71: _Machine._binput,
-    0x72: _Machine._long_binput,
-    0x5D: _Machine._list,
-    0x61: _Machine._append,
-    0x65: _Machine._appends,
-    0x73: _Machine._setitem,
-    0x8F: _Machine._empty_set,
-    0x90: _Machine._additems,
-    0x91: _Machine._frozenset,
-    0x63: _Machine._global_lines,
-    0x93: _Machine._stack_global,
-    0x51: _Machine._persistent,
-}
 _FORBIDDEN_OPCODES = {
     0x69: "INST",
     0x6F: "OBJ",

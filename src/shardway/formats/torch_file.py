@@ -125,13 +125,13 @@ def read_tensor_blob(fd: int, offset: int, length: int, *, file: str, tensor: st
             tail = b""
     try:
         entries = read_directory(tail, length, read)
-        prefix, data = _open(entries, head, read)
+        prefix, data = open_archive(entries, head, read)
         try:
             view = _view_of_pickle(data)
         except ShardwayError as error:
             raise _located(error, file, tensor) from None
         name = prefix + b"/data/" + view.storage.key.encode()
-        place = _storage_offset(entries, name, view, head, read)
+        place = storage_offset(entries, name, view, head, read)
     except ZipInvalidError as error:
         raise _invalid(str(error), file, tensor, offset, length) from None
     return TensorBlob(view.dtype, view.shape, offset + place, view.num_bytes)
@@ -209,14 +209,21 @@ def write_tensor(writer: PickleWriter, dtype: DType, shape: Shape, key: str) -> 
         storage_class = ("torch.storage", "UntypedStorage")
         num_elements *= dtype.itemsize
     parts = [b"(", writer.text("storage"), writer.reference(*storage_class), writer.text(key), writer.text("cpu")]
-    parts += [integer(num_elements), b"t", BINPERSID, integer(0), writer.integers(shape), writer.integers(tuple(strides))]
+    parts += [
+        integer(num_elements),
+        b"t",
+        BINPERSID,
+        integer(0),
+        writer.integers(shape),
+        writer.integers(tuple(strides)),
+    ]
     parts += [FALSE, writer.reference("collections", "OrderedDict"), EMPTY_TUPLE, REDUCE]
     if dtype.storage is None:
         parts.append(writer.reference("torch", dtype.name))
     return b"".join((function, b"(", *parts, b"t", REDUCE))
 
 
-def _open(entries: dict[bytes, Entry], head: bytes, read: Callable[[int, int], bytes]) -> tuple[bytes, bytes]:
+def open_archive(entries: dict[bytes, Entry], head: bytes, read: Callable[[int, int], bytes]) -> tuple[bytes, bytes]:
     """The archive's name, which is the folder of its first entry, and its pickle."""
     first = next(reversed(entries), b"")  # read_directory collects from the last entry to the first
     prefix = first.partition(b"/")[0]
@@ -228,7 +235,9 @@ def _open(entries: dict[bytes, Entry], head: bytes, read: Callable[[int, int], b
     return prefix, data
 
 
-def _content(entries: dict[bytes, Entry], name: bytes, head: bytes, read: Callable[[int, int], bytes], most: int) -> bytes:
+def _content(
+    entries: dict[bytes, Entry], name: bytes, head: bytes, read: Callable[[int, int], bytes], most: int
+) -> bytes:
     entry = entries.get(name)
     if entry is None:
         raise ZipInvalidError(f"it has no entry {name.decode('utf-8', 'replace')!r}")
@@ -243,7 +252,7 @@ def _content(entries: dict[bytes, Entry], name: bytes, head: bytes, read: Callab
     return data
 
 
-def _storage_offset(
+def storage_offset(
     entries: dict[bytes, Entry], name: bytes, view: View, head: bytes, read: Callable[[int, int], bytes]
 ) -> int:
     """Offset from the archive's start of a view's first element."""
@@ -251,7 +260,9 @@ def _storage_offset(
     if entry is None:
         raise ZipInvalidError(f"it has no entry {name.decode('utf-8', 'replace')!r}")
     if entry.size != view.storage_bytes:
-        raise ZipInvalidError(f"storage {view.storage.key} should have {view.storage_bytes:,} bytes, has {entry.size:,}")
+        raise ZipInvalidError(
+            f"storage {view.storage.key} should have {view.storage_bytes:,} bytes, has {entry.size:,}"
+        )
     if view.start_bytes + view.num_bytes > entry.size:
         raise ZipInvalidError(
             f"a tensor of shape {list(view.shape)} ends at byte {view.start_bytes + view.num_bytes:,} "
@@ -282,7 +293,7 @@ def rebuild_tensor(
     start: object,
     shape: object,
     strides: object,
-    requires_grad: object = False,  # noqa: FBT002  # the signature is torch's
+    requires_grad: object = False,
     hooks: object = None,
     metadata: object = None,
 ) -> View:
@@ -314,6 +325,21 @@ def rebuild_parameter(data: object, requires_grad: object, hooks: object, state:
     """Stands in for ``torch._utils._rebuild_parameter``: the parameter's tensor."""
     del requires_grad, hooks, state
     return data
+
+
+def rebuild_from_type(function: object, cls: object, args: object, state: object) -> object:
+    """Stands in for ``torch._tensor._rebuild_from_type_v2``: a tensor with attributes, which are dropped."""
+    del state
+    if (
+        type(function) is not Reference
+        or function.make is None
+        or type(cls) is not Reference
+        or type(args) is not tuple
+    ):
+        raise _unfit("a tensor with attributes is not built from a tensor")
+    if cls.name not in {"torch.Tensor", "torch.nn.parameter.Parameter"}:
+        raise _unfit(f"the tensor is a {cls.name}; save a plain one")
+    return function.make(*args)
 
 
 def _rebuild(
@@ -369,6 +395,9 @@ TENSOR_NAMES: dict[tuple[str, str], object] = {
     ("torch._utils", "_rebuild_parameter_with_state"): Reference(
         "torch._utils._rebuild_parameter_with_state", rebuild_parameter
     ),
+    ("torch._tensor", "_rebuild_from_type_v2"): Reference("torch._tensor._rebuild_from_type_v2", rebuild_from_type),
+    ("torch", "Tensor"): Reference("torch.Tensor"),
+    ("torch.nn.parameter", "Parameter"): Reference("torch.nn.parameter.Parameter"),
     ("collections", "OrderedDict"): Reference("collections.OrderedDict", ordered_dict),
 }
 

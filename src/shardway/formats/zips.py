@@ -73,7 +73,9 @@ def read_directory(tail: bytes, length: int, read: Read) -> dict[bytes, Entry]:
     for _ in range(count):
         if at + 46 > end:
             raise ZipInvalidError("its directory is cut off")
-        magic, _, _, flags, method, _, _, _, packed, full, name_size, extra_size, note_size, _, _, _, header = unpack(tail, at)
+        magic, _, _, flags, method, _, _, _, packed, full, name_size, extra_size, note_size, _, _, _, header = unpack(
+            tail, at
+        )
         name = tail[at + 46 : at + 46 + name_size]
         extra_at = at + 46 + name_size
         at = extra_at + extra_size + note_size
@@ -182,9 +184,7 @@ def local_header(name: bytes, size: int, padding: int, crc: int = 0) -> bytes:
     """
     extra = _wide_sizes(size)
     shown = MAX_32 if extra else size
-    header = _LOCAL.pack(
-        b"PK\x03\x04", _VERSION, _UTF8, 0, 0, 0, crc, shown, shown, len(name), len(extra) + padding
-    )
+    header = _LOCAL.pack(b"PK\x03\x04", _VERSION, _UTF8, 0, 0, 0, crc, shown, shown, len(name), len(extra) + padding)
     # "FB" is the identifier that torch's own writer gives its filler.
     return b"".join((header, name, extra, b"FB", struct.pack("<H", padding - 4), bytes(padding - 4)))
 
@@ -198,13 +198,8 @@ def central_entry(name: bytes, header: int, size: int, crc: int = 0) -> bytes:
     """An entry of the directory; `header` is the local header's offset, which must be below 4 GiB."""
     extra = _wide_sizes(size)
     shown = MAX_32 if extra else size
-    return (
-        _CENTRAL.pack(
-            b"PK\x01\x02", _VERSION, _VERSION, _UTF8, 0, 0, 0, crc, shown, shown, len(name), len(extra), 0, 0, 0, 0, header
-        )
-        + name
-        + extra
-    )  # fmt: skip
+    sizes = (crc, shown, shown, len(name), len(extra))
+    return _CENTRAL.pack(b"PK\x01\x02", _VERSION, _VERSION, _UTF8, 0, 0, 0, *sizes, 0, 0, 0, 0, header) + name + extra
 
 
 def directory_end(count: int, size: int, start: int) -> bytes:

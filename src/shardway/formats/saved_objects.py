@@ -1,0 +1,366 @@
+"""Small files of `torch.save` read into plain values and written from them: common.pt, train_state.pt, extra state."""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+from binascii import crc32
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from shardway.core.dtypes import DType
+from shardway.core.errors import Code, Problem, ShardwayError
+from shardway.formats import torch_file
+from shardway.formats.pickle_writer import (
+    APPENDS,
+    EMPTY_DICT,
+    EMPTY_LIST,
+    FALSE,
+    MARK,
+    NEW_OBJECT,
+    NONE,
+    SETITEMS,
+    STOP,
+    TRUE,
+    PickleWriter,
+    integer,
+    real,
+)
+from shardway.formats.pickles import Reference, SavedObject, load_pickle
+from shardway.formats.zips import (
+    ZipInvalidError,
+    central_entry,
+    directory_end,
+    local_entry,
+    local_header,
+    local_header_bytes,
+    read_directory,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from shardway.core.tensors import Shape
+
+MAX_FILE_BYTES = 256 << 20
+_MAX_DEPTH = 100
+_MAX_VALUES = 10_000_000  # counted as if nothing were shared: what a reader that prints or copies it has to visit
+
+
+@dataclass(frozen=True, slots=True)
+class SavedTensor:
+    """A small tensor with its bytes, row-major and little-endian."""
+
+    dtype: DType
+    shape: Shape
+    data: bytes
+
+    def item(self) -> bool | int | float:
+        """The only element of a tensor of one element.
+
+        Raises:
+            ShardwayError: `shape-mismatch` for more or fewer elements, `dtype-unsupported` for exotic types.
+        """
+        if len(self.data) != self.dtype.itemsize:
+            what = f"a tensor of shape {list(self.shape)} is not one number"
+            raise ShardwayError(Problem(code=Code.SHAPE_MISMATCH, what=what))
+        if self.dtype.name == "bfloat16":
+            return float(struct.unpack("<f", b"\0\0" + self.data)[0])
+        code = _STRUCT_CODES.get(self.dtype.name)
+        if code is None:
+            what = f"a {self.dtype.name} element has no Python value"
+            raise ShardwayError(Problem(code=Code.DTYPE_UNSUPPORTED, what=what))
+        value: bool | int | float = struct.unpack("<" + code, self.data)[0]
+        return value
+
+
+_STRUCT_CODES = {
+    "bool": "?", "uint8": "B", "int8": "b", "int16": "h", "uint16": "H", "int32": "i", "uint32": "I", "int64": "q",
+    "uint64": "Q", "float16": "e", "float32": "f", "float64": "d",
+}  # fmt: skip
+
+
+def read_torch_file(path: Path) -> Any:
+    """The object in a small file of `torch.save`; nothing that it names is imported or executed.
+
+    Args:
+        path: A regular file of at most 256 MiB.
+
+    Returns:
+        See `read_torch_bytes`.
+
+    Raises:
+        ShardwayError: `file-missing`, `file-unreadable` or what `read_torch_bytes` raises.
+    """
+    try:
+        # O_NONBLOCK: a FIFO in the place of a file must not make us wait for ever.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise ShardwayError(Problem(code=Code.FILE_MISSING, what=f"{path.name} is missing", file=path)) from None
+    except OSError as error:
+        what = f"cannot open {path.name}: {error.strerror}"
+        raise ShardwayError(Problem(code=Code.FILE_UNREADABLE, what=what, file=path)) from None
+    with open(fd, "rb", buffering=0) as file:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            what = f"{path.name} is not a regular file"
+            raise ShardwayError(Problem(code=Code.FILE_UNREADABLE, what=what, file=path))
+        if status.st_size > MAX_FILE_BYTES:
+            raise _invalid(f"it has {status.st_size:,} bytes; at most {MAX_FILE_BYTES:,} are read", str(path))
+        data = file.read(MAX_FILE_BYTES)
+    return read_torch_bytes(data, file=str(path))
+
+
+def read_torch_bytes(data: bytes, *, file: str) -> Any:
+    """The object in the bytes of a `torch.save`; nothing that it names is imported or executed.
+
+    Args:
+        data: All bytes.
+        file: The file to name in errors.
+
+    Returns:
+        None, bools, numbers, strings, bytes, tuples, lists, dicts (also for OrderedDict and defaultdict) and sets;
+        `SavedTensor` for tensors, `DType` for torch dtypes, a tuple for torch.Size, `SavedObject` for enum members,
+        argparse.Namespace and other objects of a closed list of classes, `Reference` for their functions and classes.
+
+    Raises:
+        ShardwayError: `torch-file-invalid`, `pickle-forbidden` or `pickle-invalid`.
+    """
+    if data[:4] != b"PK\x03\x04":
+        legacy = data[:2] == b"\x80\x02" or data[:1] == b"\x80"
+        raise _invalid("it is in the legacy form of torch.save, before torch 1.6" if legacy else "it is no zip", file)
+
+    def read(at: int, size: int) -> bytes:
+        return data[at : at + size] if at >= 0 else b""
+
+    try:
+        entries = read_directory(data, len(data), read)
+        prefix, pickle = torch_file.open_archive(entries, data, read)
+    except ZipInvalidError as error:
+        raise _invalid(str(error), file) from None
+    budget = MAX_FILE_BYTES
+
+    def tensor(view: torch_file.View) -> SavedTensor:
+        nonlocal budget
+        budget -= view.num_bytes
+        if budget < 0:
+            raise _invalid(f"its tensors take more than {MAX_FILE_BYTES:,} bytes", file)
+        name = prefix + b"/data/" + view.storage.key.encode("utf-8", "replace")
+        try:
+            start = torch_file.storage_offset(entries, name, view, data, read)
+        except ZipInvalidError as error:
+            raise _invalid(str(error), file) from None
+        return SavedTensor(view.dtype, view.shape, data[start : start + view.num_bytes])
+
+    names = {
+        **_NAMES,
+        ("torch._utils", "_rebuild_tensor_v2"): Reference("tensor", lambda *a: tensor(torch_file.rebuild_tensor(*a))),
+        ("torch._utils", "_rebuild_tensor_v3"): Reference("tensor", lambda *a: tensor(torch_file.rebuild_untyped(*a))),
+    }
+    value = load_pickle(
+        pickle, allowed=names, file=file, persistent=torch_file.storage_of_id, inert_packages=_INERT_PACKAGES
+    )
+    _check_tree(value, file)
+    return value
+
+
+def _check_tree(value: object, file: str) -> None:
+    """Refuse values that contain themselves, are nested absurdly, or expand to absurd sizes."""
+    sizes: dict[int, int] = {}  # values seen, by identity; -1 while their parts are being visited
+    pending: list[tuple[object, bool]] = [(value, False)]
+    depth = 0
+    while pending:
+        item, done = pending.pop()
+        if done:
+            depth -= 1
+            sizes[id(item)] = total = 1 + sum(sizes.get(id(part), 1) for part in _parts(item))
+            if total > _MAX_VALUES:
+                raise _invalid(f"it expands to more than {_MAX_VALUES:,} values", file)
+            continue
+        known = sizes.get(id(item))
+        if known == -1:
+            raise _invalid("a value contains itself", file)
+        parts = _parts(item) if known is None else ()
+        if parts:
+            depth += 1
+            if depth > _MAX_DEPTH:
+                raise _invalid(f"its values are nested more than {_MAX_DEPTH} deep", file)
+            sizes[id(item)] = -1
+            pending.append((item, True))
+            pending.extend((part, False) for part in parts)
+
+
+def _parts(value: object) -> tuple[object, ...]:
+    if isinstance(value, dict):
+        return (*value.keys(), *value.values())
+    if isinstance(value, list | tuple | set | frozenset):
+        return tuple(value)
+    return (value.args, value.state) if type(value) is SavedObject else ()
+
+
+def write_torch_file(value: object, *, name: str = "archive") -> bytes:
+    """The bytes of a `torch.save` of a plain value; `torch.load(weights_only=True)` reads them back.
+
+    Args:
+        value: None, bools, numbers, strings, tuples, lists, dicts, `DType`, `SavedTensor`, and `SavedObject` without
+            arguments, such as argparse.Namespace (which torch then loads with ``weights_only=False`` only).
+        name: The folder in the archive; torch uses the file's stem.
+
+    Returns:
+        A zip archive.
+    """
+    emitter = _Emitter()
+    pickle = emitter.writer.start + emitter.value(value) + STOP
+    pieces = [(b"data.pkl", pickle), (b"byteorder", b"little")]
+    pieces += [(b"data/%d" % number, tensor.data) for number, tensor in enumerate(emitter.tensors)]
+    pieces.append((b"version", b"3\n"))
+    parts: list[bytes] = []
+    central: list[bytes] = []
+    at = 0
+    for piece, content in pieces:
+        full = name.encode() + b"/" + piece
+        if piece.startswith(b"data/"):
+            padding = 4 + -(at + local_header_bytes(full, len(content)) + 4) % 64
+            entry = local_header(full, len(content), padding, crc32(content)) + content
+        else:
+            entry = local_entry(full, content)
+        central.append(central_entry(full, at, len(content), crc32(content)))
+        parts.append(entry)
+        at += len(entry)
+    directory = b"".join(central)
+    return b"".join((*parts, directory, directory_end(len(central), len(directory), at)))
+
+
+class _Emitter:
+    def __init__(self) -> None:
+        self.writer = PickleWriter(2)
+        self.tensors: list[SavedTensor] = []
+
+    def value(self, value: object) -> bytes:
+        writer = self.writer
+        match value:
+            case None:
+                return NONE
+            case bool():
+                return TRUE if value else FALSE
+            case int():
+                return integer(value)
+            case float():
+                return real(value)
+            case str():
+                return writer.text(value)
+            case DType():
+                return writer.reference("torch", value.name)
+            case SavedTensor():
+                self.tensors.append(value)
+                return torch_file.write_tensor(writer, value.dtype, value.shape, str(len(self.tensors) - 1))
+            case tuple():
+                return writer.sequence([self.value(item) for item in value])
+            case list():
+                return b"".join((EMPTY_LIST, MARK, *[self.value(item) for item in value], APPENDS))
+            case dict():
+                items = [self.value(part) for item in value.items() for part in item]
+                return b"".join((EMPTY_DICT, MARK, *items, SETITEMS))
+            case SavedObject() if not value.args and isinstance(value.state, dict):
+                cls = writer.reference(*value.type_name.rsplit(".", 1)) + NEW_OBJECT
+                return cls + self.value(value.state) + b"b"
+        raise TypeError(f"cannot write a {type(value).__name__} as torch.save would")
+
+
+def _invalid(what: str, file: str) -> ShardwayError:
+    return ShardwayError(
+        Problem(
+            code=Code.TORCH_FILE_INVALID,
+            what=f"cannot read it as a file of torch.save: {what}",
+            file=file,
+            cure="the file is damaged or was not written by torch.save: copy or save it again",
+        )
+    )
+
+
+# What the pickles of these files may call, by stand-ins that only build plain values. Protocol 2, which torch.save
+# uses, writes some built-in types under their Python 2 names.
+
+
+def _bad_call(name: str) -> ShardwayError:
+    return ShardwayError(
+        Problem(code=Code.PICKLE_INVALID, what=f"{name} is called with other arguments than pickle writes")
+    )
+
+
+def _bytes(text: object = "", encoding: object = "latin1") -> bytes:
+    if type(text) is bytes:
+        return text
+    if type(text) is not str or encoding not in ("latin1", "latin-1"):
+        raise _bad_call("bytes")
+    return text.encode("latin1")
+
+
+def _list(items: object = (), most: object = None) -> list[object]:
+    del most
+    if type(items) is not list and type(items) is not tuple:
+        raise _bad_call("deque")
+    return list(items)
+
+
+def _set(items: object = ()) -> set[object]:
+    if type(items) is not list or not all(type(item) in (str, int, float, bool, bytes) for item in items):
+        raise _bad_call("set")
+    return set(items)
+
+
+def _complex(real_part: object, imaginary_part: object) -> complex:
+    if type(real_part) is not float or type(imaginary_part) is not float:
+        raise _bad_call("complex")
+    return complex(real_part, imaginary_part)
+
+
+def _default_dict(factory: object = None) -> dict[object, object]:
+    del factory
+    return {}
+
+
+_CALLS: dict[str, dict[str, Callable[..., object]]] = {
+    "_codecs": {"encode": _bytes},
+    "builtins": {"bytes": _bytes, "bytearray": _bytes, "set": _set, "frozenset": _set, "complex": _complex},
+    "collections": {"OrderedDict": torch_file.ordered_dict, "defaultdict": _default_dict, "deque": _list},
+}
+# Kept as what they are called with. Megatron-LM's `args` name some of them; the factories of defaultdicts the others.
+_INERT = {
+    "builtins": "int float bool str list dict tuple slice range",
+    "argparse": "Namespace",
+    "types": "SimpleNamespace",
+    "functools": "partial",
+    "signal": "Signals",
+    "datetime": "datetime date time timedelta timezone",
+    "pathlib": "Path PosixPath PurePosixPath WindowsPath PureWindowsPath",
+    "torch": "device strided contiguous_format channels_last preserve_format",
+    "torch.serialization": "_get_layout",
+    "numpy": "dtype",
+    "numpy.core.multiarray": "scalar",
+}
+_RENAMED = {
+    "builtins": "__builtin__",
+    "pathlib": "pathlib._local",
+    "numpy.core.multiarray": "numpy._core.multiarray",
+}
+# Enums, dataclasses and functions of these packages differ from release to release; as nothing is imported, any
+# name inside them can stand for itself.
+_INERT_PACKAGES = ("megatron.", "transformer_engine.", "torch.nn.functional.", "torch._C._nn.")
+
+
+def _table() -> dict[tuple[str, str], object]:
+    table = {
+        (module, name): Reference(f"{module}.{name}") for module, names in _INERT.items() for name in names.split()
+    }
+    for module, calls in _CALLS.items():
+        table |= {(module, name): Reference(f"{module}.{name}", make) for name, make in calls.items()}
+    for module, other in _RENAMED.items():
+        table |= {(other, name): value for (own, name), value in table.items() if own == module}
+    table[("__builtin__", "xrange")] = table[("builtins", "range")]
+    return {**torch_file.TENSOR_NAMES, **table}
+
+
+_NAMES = _table()

@@ -1,0 +1,449 @@
+"""The directory of a Megatron-Core ``torch_dist`` checkpoint: opened and proven complete, or written in pieces."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from shardway.core.dtypes import dtype_of_torch
+from shardway.core.errors import Code, Problem, Problems, ShardwayError
+from shardway.core.tensors import Catalog, Chunk, StoredTensor
+from shardway.formats.dcp import DcpMetadata, read_metadata
+from shardway.formats.saved_objects import (
+    MAX_FILE_BYTES,
+    SavedTensor,
+    read_torch_bytes,
+    read_torch_file,
+    write_torch_file,
+)
+from shardway.formats.torch_file import read_tensor_blob
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from pathlib import Path
+
+    from shardway.formats.dcp import DcpLocation
+
+TRACKER = "latest_checkpointed_iteration.txt"
+COMMON_STATE = "common_state/shard_0_1"
+_RELEASE = "release"
+_MAX_METADATA_BYTES = 1 << 30
+_MAX_JSON_BYTES = 1 << 20
+_MAX_FILES = 100_000
+_SHOWN = 8
+_CURE_COPY = "the checkpoint is incomplete: copy or save it again"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TorchDistCheckpoint:
+    """A torch_dist checkpoint whose every tensor has been found, with type, shape and size as announced.
+
+    Attributes:
+        root: The folder of the iteration.
+        iteration: Its number, or None for a release.
+        release: Whether it is a ``release`` checkpoint.
+        catalog: Its tensors; chunk offsets are those of the elements, chunk files are relative to `root`.
+        objects: Keys of its pickled objects, sorted.
+        common: The common state.
+        content_metadata: What the model said about its own layout when it was saved.
+        common_form: Where the common state was.
+        hf_dir: The Hugging Face files that were saved along (``hf/``), if there are any.
+        files: Every file in `root`, by path relative to it, with its bytes.
+        metadata: The ``.metadata`` as read.
+    """
+
+    root: Path
+    iteration: int | None
+    release: bool
+    catalog: Catalog
+    objects: tuple[str, ...]
+    common: dict[str, object]
+    content_metadata: dict[str, object]
+    common_form: Literal["common.pt", "common_state"]
+    hf_dir: Path | None
+    files: Mapping[str, int]
+    metadata: DcpMetadata
+
+    def read_object(self, key: str) -> object:
+        """The pickled object `key`, read as `read_torch_bytes` does.
+
+        Raises:
+            ShardwayError: `tensor-missing` for a key that is not there, or what `read_torch_bytes` raises.
+        """
+        location = self.metadata.objects.get(key)
+        if location is None:
+            raise ShardwayError(Problem(code=Code.TENSOR_MISSING, what=f"there is no object {key}", file=self.root))
+        return _read_object(self.root, key, location)
+
+
+def open_torch_dist(path: Path, *, wanted: Callable[[str], bool] | None = None) -> TorchDistCheckpoint:
+    """Open a checkpoint and find every element of every tensor in its files; no element is read, nothing is executed.
+
+    Args:
+        path: The root, where the tracker file names the iteration, or an iteration's folder.
+        wanted: Which tensors to find, by key; all by default. A model's own are few among an optimizer's.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        ShardwayError: Every problem of the files together; the codes of the Megatron side (docs/errors.md).
+
+    Source: megatron/core/dist_checkpointing/serialization.py, megatron/training/checkpointing.py (core 0.16.1, 0.20).
+    """
+    root = find_iteration(path)
+    files = _list_files(root)
+    _check_backend(root, files)
+    metadata_path = root / ".metadata"
+    metadata = read_metadata(_read_small(metadata_path, _MAX_METADATA_BYTES), str(metadata_path))
+    problems = Problems()
+    present = _check_files(root, metadata, files, problems)
+    tensors = _find_tensors(root, metadata, present, wanted, problems)
+    problems.raise_if_any()
+    common, form = _read_common(root, metadata)
+    content = common.get("content_metadata")
+    iteration, release = _iteration_of(root, common)
+    return TorchDistCheckpoint(
+        root=root,
+        iteration=iteration,
+        release=release,
+        catalog=Catalog(root=root, tensors=tensors),
+        objects=tuple(sorted(metadata.objects)),
+        common=common,
+        content_metadata=_string_keyed(content) if isinstance(content, dict) else {},
+        common_form=form,
+        hf_dir=root / "hf" if (root / "hf").is_dir() else None,
+        files=files,
+        metadata=metadata,
+    )
+
+
+def find_iteration(path: Path) -> Path:
+    """The folder of the iteration that `path` means: itself, or the one that its tracker file names.
+
+    Raises:
+        ShardwayError: `tracker-invalid`, `file-missing` or `not-a-checkpoint`.
+    """
+    if not path.is_dir():
+        what = f"{path} is a file, not a checkpoint folder" if path.exists() else f"{path} does not exist"
+        raise ShardwayError(Problem(code=Code.FILE_MISSING, what=what, file=path, cure="check the path"))
+    if (path / ".metadata").exists() or _is_iteration_name(path.name):
+        return path
+    tracker = path / TRACKER
+    folders = sorted(entry.name for entry in path.iterdir() if _is_iteration_name(entry.name) and entry.is_dir())
+    if not tracker.exists():
+        if not folders:
+            raise _not_a_checkpoint(path)
+        raise _tracker_invalid(f"{path} has no {TRACKER}", path, folders)
+    text = _read_small(tracker, 4096).decode("utf-8", "replace").strip()
+    if text == _RELEASE:
+        name = _RELEASE
+    elif re.fullmatch(r"[0-9]{1,18}", text):
+        name = iteration_folder(int(text))
+    else:
+        raise _tracker_invalid(f"the tracker says {text[:80]!r}, neither a number nor 'release'", tracker, folders)
+    if name not in folders:
+        raise _tracker_invalid(f"the tracker names {name}, which is not there", tracker, folders)
+    return path / name
+
+
+def iteration_folder(iteration: int | None) -> str:
+    """Name of the folder of an iteration; None is a release."""
+    return _RELEASE if iteration is None else f"iter_{iteration:07d}"
+
+
+def tracker_text(iteration: int | None) -> bytes:
+    """Content of ``latest_checkpointed_iteration.txt``."""
+    return (_RELEASE if iteration is None else str(iteration)).encode()
+
+
+def metadata_json() -> bytes:
+    """Content of ``metadata.json``: the four-field form that every megatron-core reads."""
+    return json.dumps(
+        {
+            "sharded_backend": "torch_dist",
+            "sharded_backend_version": 1,
+            "common_backend": "torch",
+            "common_backend_version": 1,
+        }
+    ).encode()
+
+
+def common_pt(iteration: int, content_metadata: Mapping[str, object]) -> bytes:
+    """Content of ``common.pt``; `checkpoint_version` 3.0 is what Megatron-LM needs to leave QKV as it is."""
+    state = {"checkpoint_version": 3.0, "iteration": iteration, "content_metadata": dict(content_metadata)}
+    return write_torch_file(state, name="common")
+
+
+def train_state_pt(step: int = 0) -> bytes:
+    """Content of ``train_state.pt``, as Megatron Bridge writes it for a model that has not been trained."""
+    int64, float32, boolean = (dtype_of_torch(name) for name in ("int64", "float32", "bool"))
+    counts = ("step", "consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
+    state = {name: SavedTensor(int64, (), struct.pack("<i", step if name == "step" else 0)) for name in counts}
+    state["floating_point_operations_so_far"] = SavedTensor(float32, (), bytes(4))
+    state |= {name: SavedTensor(boolean, (), b"\0") for name in ("do_train", "do_valid", "do_test")}
+    return write_torch_file(state, name="train_state")
+
+
+def extra_state() -> bytes:
+    """The ``_extra_state`` object of a module that has none: `torch.save([None])`."""
+    return write_torch_file([None])
+
+
+def _is_iteration_name(name: str) -> bool:
+    return name == _RELEASE or re.fullmatch(r"iter_[0-9]{7,18}", name) is not None
+
+
+def _iteration_of(root: Path, common: Mapping[str, object]) -> tuple[int | None, bool]:
+    if root.name == _RELEASE:
+        return None, True
+    if _is_iteration_name(root.name):
+        return int(root.name.removeprefix("iter_")), False
+    number = common.get("iteration")
+    return (number if type(number) is int else None), False
+
+
+def _list_files(root: Path) -> dict[str, int]:
+    """Every file below `root` with its bytes; links to folders are not followed."""
+    files: dict[str, int] = {}
+    pending = [""]
+    while pending:
+        folder = pending.pop()
+        with os.scandir(root / folder) as entries:
+            for entry in entries:
+                name = f"{folder}{entry.name}"
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(f"{name}/")
+                elif entry.is_file():
+                    files[name] = entry.stat().st_size
+        if len(files) + len(pending) > _MAX_FILES:
+            what = f"{root} holds more than {_MAX_FILES:,} files"
+            raise ShardwayError(Problem(code=Code.NOT_A_CHECKPOINT, what=what, file=root))
+    return dict(sorted(files.items()))
+
+
+def _read_small(path: Path, most: int) -> bytes:
+    """A whole regular file of at most `most` bytes."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        code = Code.FILE_MISSING if isinstance(error, FileNotFoundError) else Code.FILE_UNREADABLE
+        raise ShardwayError(Problem(code=code, what=f"cannot open {path.name}: {error.strerror}", file=path)) from None
+    with open(fd, "rb", buffering=0) as file:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > most:
+            what = f"{path.name} is no regular file of at most {most:,} bytes"
+            raise ShardwayError(Problem(code=Code.FILE_UNREADABLE, what=what, file=path))
+        return file.read(status.st_size)
+
+
+def _check_backend(root: Path, files: Mapping[str, int]) -> None:
+    """Refuse what is no complete torch_dist checkpoint, saying what it is instead."""
+    if "metadata.json" in files:
+        path = root / "metadata.json"
+        try:
+            config = json.loads(_read_small(path, _MAX_JSON_BYTES))
+            backend = config["sharded_backend"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            what = "metadata.json does not say which backend wrote the checkpoint"
+            raise ShardwayError(Problem(code=Code.METADATA_INVALID, what=what, file=path, cure=_CURE_COPY)) from None
+        if backend != "torch_dist":
+            raise ShardwayError(
+                Problem(
+                    code=Code.BACKEND_UNSUPPORTED,
+                    what=f"the checkpoint was written by the backend {backend!r:.80}; shardway reads torch_dist",
+                    file=path,
+                    cure="convert it with Megatron-LM (--ckpt-convert-format torch_dist)",
+                )
+            )
+    missing = [name for name in (".metadata", "metadata.json") if name not in files]
+    if missing:
+        raise ShardwayError(
+            Problem(
+                code=Code.METADATA_MISSING,
+                what=f"{' and '.join(missing)} missing in {root}",
+                file=root,
+                facts=(f"found: {_shorten(sorted(files)) or 'nothing'}",),
+                cure=_explain(missing, files),
+            )
+        )
+
+
+def _explain(missing: list[str], files: Mapping[str, int]) -> str:
+    names = list(files)
+    if any(name.startswith(("mp_rank_", "tp_rank_")) for name in names):
+        return "this is a legacy Megatron checkpoint (mp_rank_*): save it with --ckpt-format torch_dist"
+    if any(name.endswith("model_optim_rng.pt") for name in names):
+        return "this is a legacy Megatron checkpoint (model_optim_rng.pt): save it with --ckpt-format torch_dist"
+    if missing == ["metadata.json"]:
+        return "this is an unfinished save, or a plain torch.distributed.checkpoint that Megatron-Core has not written"
+    if any(name.endswith(".safetensors") for name in names):
+        return "this looks like a Hugging Face folder: use it as the source of an import"
+    if any(name.endswith(".distcp") for name in names):
+        return "the save was not finished (it writes .metadata last): use an earlier iteration"
+    return "use another iteration: this one holds no checkpoint"
+
+
+def _check_files(root: Path, metadata: DcpMetadata, files: Mapping[str, int], problems: Problems) -> set[str]:
+    """The files that hold all of what they should; the others are reported with everything that lies in them."""
+    users: dict[str, list[str]] = {}
+    needed: dict[str, int] = {}
+    for key, location in _locations(metadata):
+        needed[location.file] = max(needed.get(location.file, 0), location.offset + location.length)
+        names = users.setdefault(location.file, [])
+        if not names or names[-1] != key:
+            names.append(key)
+    present = set()
+    for name, num_bytes in sorted(needed.items()):
+        size = files.get(name)
+        if size is not None and size >= num_bytes:
+            present.add(name)
+            continue
+        concerned = f"{len(users[name]):,} keys have data in it: {_shorten(users[name])}"
+        if size is None:
+            what = f"{name} is missing"
+            problems.add(Code.FILE_MISSING, what, file=root / name, facts=(concerned,), cure=_CURE_COPY)
+        else:
+            what = f"{name} is cut off"
+            facts = (f"it should have at least {num_bytes:,} bytes, has {size:,}", concerned)
+            problems.add(Code.DISTCP_TRUNCATED, what, file=root / name, facts=facts, cure=_CURE_COPY)
+    return present
+
+
+def _locations(metadata: DcpMetadata) -> Iterable[tuple[str, DcpLocation]]:
+    for key, tensor in metadata.tensors.items():
+        for chunk in tensor.chunks:
+            yield key, chunk.location
+    yield from metadata.objects.items()
+
+
+def _find_tensors(
+    root: Path, metadata: DcpMetadata, present: set[str], wanted: Callable[[str], bool] | None, problems: Problems
+) -> dict[str, StoredTensor]:
+    keys = [key for key in metadata.tensors if wanted is None or wanted(key)]
+    descriptors: dict[str, int] = {}
+    tensors: dict[str, StoredTensor] = {}
+    try:
+        for name in sorted({chunk.location.file for key in keys for chunk in metadata.tensors[key].chunks} & present):
+            descriptors[name] = os.open(root / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        for key in keys:
+            _find_tensor(root, key, metadata, descriptors, tensors, problems)
+    except OSError as error:
+        what = f"cannot read the checkpoint: {error.strerror}"
+        problems.add(Code.FILE_UNREADABLE, what, file=error.filename or root)
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+    return tensors
+
+
+def _find_tensor(
+    root: Path,
+    key: str,
+    metadata: DcpMetadata,
+    descriptors: Mapping[str, int],
+    tensors: dict[str, StoredTensor],
+    problems: Problems,
+) -> None:
+    tensor = metadata.tensors[key]
+    chunks = []
+    for start, size, (name, offset, length) in tensor.chunks:
+        descriptor = descriptors.get(name)
+        if descriptor is None:  # reported with the file
+            return
+        try:
+            blob = read_tensor_blob(descriptor, offset, length, file=name, tensor=key)
+        except ShardwayError as error:
+            problems.extend(error.problems)
+            return
+        if blob.dtype != tensor.dtype or blob.shape != size:
+            problems.add(
+                Code.SHAPE_MISMATCH,
+                f"a chunk of {key} is not what .metadata says",
+                tensor=key,
+                file=root / name,
+                facts=(
+                    f"at {list(start)} expected {tensor.dtype.name} of shape {list(size)}",
+                    f"found {blob.dtype.name} of shape {list(blob.shape)}",
+                ),
+                cure="the files are of different saves: copy the checkpoint again",
+            )
+            return
+        chunks.append(Chunk(start, size, name, blob.data_offset))
+    tensors[key] = StoredTensor(key, tensor.dtype, tensor.shape, tuple(chunks))
+
+
+def _read_common(root: Path, metadata: DcpMetadata) -> tuple[dict[str, object], Literal["common.pt", "common_state"]]:
+    path = root / "common.pt"
+    form: Literal["common.pt", "common_state"] = "common.pt"
+    location = metadata.objects.get(COMMON_STATE)
+    if path.exists():
+        value = read_torch_file(path)
+    elif location is not None:
+        form = "common_state"
+        value = _read_object(root, COMMON_STATE, location)
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    else:
+        raise ShardwayError(
+            Problem(
+                code=Code.METADATA_MISSING,
+                what=f"{root} has neither common.pt nor the object {COMMON_STATE}",
+                file=root,
+                cure=_CURE_COPY,
+            )
+        )
+    if not isinstance(value, dict):
+        what = f"the common state ({form}) is a {type(value).__name__}, not a dict"
+        raise ShardwayError(Problem(code=Code.METADATA_INVALID, what=what, file=root, cure=_CURE_COPY))
+    return _string_keyed(value), form
+
+
+def _read_object(root: Path, key: str, location: DcpLocation) -> object:
+    name, offset, length = location
+    if length > MAX_FILE_BYTES:
+        what = f"the object {key} has {length:,} bytes; at most {MAX_FILE_BYTES:,} are read"
+        raise ShardwayError(Problem(code=Code.TORCH_FILE_INVALID, what=what, tensor=key, file=root / name))
+    fd = os.open(root / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        data = os.pread(fd, length, offset)
+    finally:
+        os.close(fd)
+    return read_torch_bytes(data, file=f"{root / name} ({key})")
+
+
+def _string_keyed(value: dict[object, object]) -> dict[str, object]:
+    return {key: item for key, item in value.items() if isinstance(key, str)}
+
+
+def _not_a_checkpoint(path: Path) -> ShardwayError:
+    found = _shorten(sorted(entry.name for entry in path.iterdir())) or "nothing"
+    return ShardwayError(
+        Problem(
+            code=Code.NOT_A_CHECKPOINT,
+            what=f"{path} is no Megatron checkpoint: it has no {TRACKER} and no iter_* folder",
+            file=path,
+            facts=(f"found: {found}",),
+            cure="pass the folder given to --save, or one of its iter_* folders",
+        )
+    )
+
+
+def _tracker_invalid(what: str, path: Path, folders: list[str]) -> ShardwayError:
+    return ShardwayError(
+        Problem(
+            code=Code.TRACKER_INVALID,
+            what=what,
+            file=path,
+            facts=(f"iterations there: {_shorten(folders) or 'none'}",),
+            cure="pass the folder of the iteration that you want" if folders else "check the path",
+        )
+    )
+
+
+def _shorten(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else "")
