@@ -1,3 +1,67 @@
-"""shardway: the way for model weights between Hugging Face (safetensors) and Megatron-Core (torch_dist)."""
+"""shardway: the way for model weights between Hugging Face (safetensors) and Megatron-Core (torch_dist).
+
+`import_hf` and `export_hf` convert checkpoints, `verify` compares two of any kind, `inspect` looks into one and `plan`
+says what a conversion would do. None of them needs torch, a GPU or a process group.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from shardway.convert.exporting import export_hf
+    from shardway.convert.importing import import_hf
+    from shardway.convert.planning import PlanReport, plan
+    from shardway.convert.report import ConversionReport
+    from shardway.core.errors import Code, Problem, ShardwayError
+    from shardway.run.progress import Progress
+    from shardway.verify.inspection import InspectReport, inspect
+    from shardway.verify.verification import VerifyReport, verify
+
+# Where each public name lives; imported on first use, so that `import shardway` costs next to nothing.
+_HOMES = {
+    "Code": "core.errors",
+    "ConversionReport": "convert.report",
+    "InspectReport": "verify.inspection",
+    "PlanReport": "convert.planning",
+    "Problem": "core.errors",
+    "Progress": "run.progress",
+    "ShardwayError": "core.errors",
+    "VerifyReport": "verify.verification",
+    "export_hf": "convert.exporting",
+    "import_hf": "convert.importing",
+    "inspect": "verify.inspection",
+    "plan": "convert.planning",
+    "verify": "verify.verification",
+}
+
+__all__ = [
+    "Code",
+    "ConversionReport",
+    "InspectReport",
+    "PlanReport",
+    "Problem",
+    "Progress",
+    "ShardwayError",
+    "VerifyReport",
+    "__version__",
+    "export_hf",
+    "import_hf",
+    "inspect",
+    "plan",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> object:
+    from importlib import import_module
+
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -128,8 +128,8 @@ def linearise(tile: Tile, hf_box: Box, mcore_box: Box) -> Strided:
     Returns:
         Offsets and strides in elements from the first element of each box.
     """
-    hf_offset, hf_strides = _addresses(tile.hf, hf_box)
-    mcore_offset, mcore_strides = _addresses(tile.mcore, mcore_box)
+    hf_offset, hf_strides = addresses(tile.hf, hf_box)
+    mcore_offset, mcore_strides = addresses(tile.mcore, mcore_box)
     axes = [(m, h, n) for m, h, n in zip(mcore_strides, hf_strides, tile.sizes, strict=True) if n != 1]
     axes.sort(key=_falling_stride)
     merged: list[tuple[int, int, int]] = []
@@ -142,6 +142,17 @@ def linearise(tile: Tile, hf_box: Box, mcore_box: Box) -> Strided:
         merged = [(1, 1, 1)]
     m_strides, h_strides, sizes = zip(*merged, strict=True)
     return Strided(sizes, hf_offset, h_strides, mcore_offset, m_strides)
+
+
+def addresses(side: Side, box: Box) -> tuple[int, list[int]]:
+    """Where a tile's grid lies in the row-major memory of a box that holds it.
+
+    Returns:
+        Offset of the grid's first element from the box's first, and the stride of each axis of the grid, in elements.
+    """
+    memory = row_major_strides(box.size)
+    offset = sum((first - start) * stride for first, start, stride in zip(side.base, box.start, memory, strict=True))
+    return offset, [step * memory[axis] for axis, step in side.steps]
 
 
 def runs(strided: Strided) -> Iterator[tuple[int, int]]:
@@ -285,14 +296,6 @@ def _moved(side: Side, origin: Sequence[int]) -> Side:
     for begin, (axis, step) in zip(origin, side.steps, strict=True):
         base[axis] += begin * step
     return Side(side.tensor, tuple(base), side.steps)
-
-
-def _addresses(side: Side, box: Box) -> tuple[int, list[int]]:
-    memory = row_major_strides(box.size)
-    offset = sum(
-        (first - start) * stride for first, start, stride in zip(side.base, box.start, memory, strict=True)
-    )
-    return offset, [step * memory[axis] for axis, step in side.steps]
 
 
 def _falling_stride(axis: tuple[int, int, int]) -> tuple[int, int]:

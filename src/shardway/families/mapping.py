@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from shardway.core.errors import Code, Problems
-from shardway.core.tiles import Tile, cover_fault, identity
+from shardway.core.tiles import Tile, cover_fault
 from shardway.families.layout import Layout, has_extra_state
 from shardway.families.registry import family_of
 from shardway.families.rules import expand
@@ -115,11 +115,6 @@ def map_model(config: HFConfig, layout: Layout = Layout.STACKED) -> ModelMapping
         ignored=re.compile(ignored or r"(?!)"),
         megatron_config=family.megatron_config(config),
     )
-
-
-def same_names(shapes: Mapping[str, Shape]) -> tuple[Tile, ...]:
-    """The tiles that compare two checkpoints of one kind, tensor by tensor under the same names."""
-    return tuple(identity(name, name, shape) for name, shape in shapes.items())
 
 
 def _prove(tiles: list[Tile], hf: Mapping[str, Shape], mcore: Mapping[str, Shape]) -> None:

@@ -9,21 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 from shardway.core.dtypes import DType
 from shardway.core.errors import Code, Problem, Problems, ShardwayError
-from shardway.formats import torch_file
-from shardway.formats.pickle_writer import (
-    APPENDS,
-    EMPTY_DICT,
-    EMPTY_LIST,
-    FALSE,
-    MARK,
-    NEW_OBJECT,
-    NONE,
-    REDUCE,
-    SETITEMS,
-    STOP,
-    PickleWriter,
-    integer,
-)
+from shardway.formats import tensor_pickles
+from shardway.formats.dcp_writer import FILESYSTEM, METADATA, MetadataEmitter
 from shardway.formats.pickles import Reference, SavedObject, load_pickle
 
 if TYPE_CHECKING:
@@ -31,9 +18,11 @@ if TYPE_CHECKING:
 
     from shardway.core.tensors import Shape
 
-_METADATA = "torch.distributed.checkpoint.metadata"
-_FILESYSTEM = "torch.distributed.checkpoint.filesystem"
 _PLANNER = "torch.distributed.checkpoint.planner"
+
+
+_MAX_KEY_LENGTH = 4096
+_MAX_PROBLEMS = 32  # a damaged file of 50,000 chunks would have as many to tell of
 
 
 class DcpLocation(NamedTuple):
@@ -88,112 +77,7 @@ def write_metadata(
     Returns:
         The file's bytes (pickle protocol 4).
     """
-    return _Emitter().metadata(tensors, objects, save_id)
-
-
-class _Emitter:
-    """Emits the objects of ``.metadata``; strings, sizes and classes are written once and referred to after that."""
-
-    def __init__(self) -> None:
-        self._writer = PickleWriter(4)
-
-    def metadata(
-        self, tensors: Mapping[str, DcpTensor], objects: Mapping[str, DcpLocation], save_id: str | None
-    ) -> bytes:
-        writer = self._writer
-        parts = [writer.start, writer.reference(_METADATA, "Metadata"), NEW_OBJECT, EMPTY_DICT, MARK]
-        parts += (writer.text("state_dict_metadata"), EMPTY_DICT, MARK)
-        for key, tensor in tensors.items():
-            self._tensor(parts, key, tensor)
-        for key in objects:
-            parts += (writer.text(key), writer.reference(_METADATA, "BytesStorageMetadata"), NEW_OBJECT)
-        parts += (SETITEMS, writer.text("planner_data"), NONE)
-        parts += (writer.text("storage_data"), EMPTY_DICT, MARK)
-        for key, tensor in tensors.items():
-            for start, _, location in tensor.chunks:
-                self._index(parts, key, start)
-                self._location(parts, location)
-        for key, location in objects.items():
-            self._index(parts, key, None)
-            self._location(parts, location)
-        parts += (SETITEMS, writer.text("storage_meta"), writer.reference(_METADATA, "StorageMeta"), NEW_OBJECT)
-        parts += (EMPTY_DICT, MARK, writer.text("checkpoint_id"), NONE)
-        parts += (writer.text("save_id"), NONE if save_id is None else writer.text(save_id))
-        parts += (writer.text("load_id"), NONE, writer.text("modules"), EMPTY_LIST, SETITEMS, b"b")
-        parts += (writer.text("version"), writer.text("1.0.0"), SETITEMS, b"b", STOP)
-        return b"".join(parts)
-
-    def _tensor(self, parts: list[bytes], key: str, tensor: DcpTensor) -> None:
-        writer = self._writer
-        parts += (writer.text(key), writer.reference(_METADATA, "TensorStorageMetadata"), NEW_OBJECT, EMPTY_DICT, MARK)
-        parts += (
-            writer.text("properties"),
-            self._properties(tensor.dtype),
-            writer.text("size"),
-            self._size(tensor.shape),
-        )
-        parts += (writer.text("chunks"), EMPTY_LIST, MARK)
-        for start, size, _ in tensor.chunks:
-            parts += (writer.reference(_METADATA, "ChunkStorageMetadata"), NEW_OBJECT, EMPTY_DICT, MARK)
-            parts += (writer.text("offsets"), self._size(start), writer.text("sizes"), self._size(size), SETITEMS, b"b")
-        parts += (APPENDS, SETITEMS, b"b")
-
-    def _properties(self, dtype: DType) -> bytes:
-        writer = self._writer
-        known = writer.recall(dtype)
-        if known is not None:
-            return known
-        cls = writer.reference(_METADATA, "TensorProperties") + NEW_OBJECT
-        state = (
-            MARK,
-            writer.reference("torch", dtype.name),
-            self._layout(),
-            FALSE,
-            self._memory_format(),
-            FALSE,
-            b"tb",
-        )
-        return writer.memoise(dtype, cls + b"".join(state))
-
-    def _layout(self) -> bytes:
-        writer = self._writer
-        known = writer.recall(("layout",))
-        if known is not None:
-            return known
-        function = writer.reference("torch.serialization", "_get_layout")
-        return writer.memoise(("layout",), function + writer.text("torch.strided") + b"\x85" + REDUCE)
-
-    def _memory_format(self) -> bytes:
-        writer = self._writer
-        known = writer.recall(("memory format",))
-        if known is not None:
-            return known
-        cls = writer.reference(_METADATA, "_MEM_FORMAT_ENCODING")
-        return writer.memoise(("memory format",), cls + integer(0) + b"\x85" + REDUCE)
-
-    def _size(self, values: Shape) -> bytes:
-        writer = self._writer
-        known = writer.recall(("size", values))
-        if known is not None:
-            return known
-        return writer.memoise(
-            ("size", values), writer.reference("torch", "Size") + writer.integers(values) + b"\x85" + REDUCE
-        )
-
-    def _index(self, parts: list[bytes], key: str, start: Shape | None) -> None:
-        writer = self._writer
-        parts += (writer.reference(_METADATA, "MetadataIndex"), NEW_OBJECT, EMPTY_DICT, MARK)
-        parts += (writer.text("fqn"), writer.text(key), writer.text("index"), NONE)
-        if start is not None:
-            parts += (writer.text("offset"), self._size(start))
-        parts += (SETITEMS, b"b")
-
-    def _location(self, parts: list[bytes], location: DcpLocation) -> None:
-        writer = self._writer
-        parts += (writer.reference(_FILESYSTEM, "_StorageInfo"), NEW_OBJECT, EMPTY_DICT, MARK)
-        parts += (writer.text("relative_path"), writer.text(location.file))
-        parts += (writer.text("offset"), integer(location.offset), writer.text("length"), integer(location.length))
-        parts += (SETITEMS, b"b")
+    return MetadataEmitter().metadata(tensors, objects, save_id)
 
 
 def read_metadata(data: bytes, file: str) -> DcpMetadata:
@@ -236,18 +120,20 @@ def _read(data: bytes, file: str) -> DcpMetadata:
     tensors: dict[str, DcpTensor] = {}
     objects: dict[str, DcpLocation] = {}
     for key, entry in entries.items():
-        if _is(entry, "TensorStorageMetadata") and type(key) is str:
+        if type(key) is not str or len(key) > _MAX_KEY_LENGTH or not key.isprintable():
+            problems.add(Code.METADATA_INVALID, f"{key!a:.200} is no name of a tensor", file=file)
+        elif _is(entry, "TensorStorageMetadata"):
             tensor = _tensor(key, entry.state, locations, file, problems)
             if tensor is not None:
                 tensors[key] = tensor
-        elif type(entry) is SavedObject and entry.type_name == _BYTES and type(key) is str:
+        elif type(entry) is SavedObject and entry.type_name == _BYTES:
             location = locations.pop((key, None), None)
             if location is None:
                 problems.add(Code.METADATA_INVALID, f"{key} has no place in any file", tensor=key, file=file)
             else:
                 objects[key] = location
         else:
-            problems.add(Code.METADATA_INVALID, f"the entry of {key!r:.200} is neither tensor nor bytes", file=file)
+            problems.add(Code.METADATA_INVALID, f"the entry of {key} is neither tensor nor bytes", file=file)
     _report_strays(locations, file, problems)
     problems.raise_if_any()
     version = state.get("version")
@@ -256,7 +142,7 @@ def _read(data: bytes, file: str) -> DcpMetadata:
 
 def _is(value: object, name: str) -> bool:
     """Whether `value` is a saved `name` of the metadata module with a dict of attributes."""
-    return type(value) is SavedObject and value.type_name == f"{_METADATA}.{name}" and type(value.state) is dict
+    return type(value) is SavedObject and value.type_name == f"{METADATA}.{name}" and type(value.state) is dict
 
 
 def _locations(
@@ -412,20 +298,20 @@ def _invalid(what: str, file: str) -> ShardwayError:
     )
 
 
-_BYTES = f"{_METADATA}.BytesStorageMetadata"
-_CHUNK = f"{_METADATA}.ChunkStorageMetadata"
-_INDEX = f"{_METADATA}.MetadataIndex"
-_STORAGE_INFO = f"{_FILESYSTEM}._StorageInfo"
+_BYTES = f"{METADATA}.BytesStorageMetadata"
+_CHUNK = f"{METADATA}.ChunkStorageMetadata"
+_INDEX = f"{METADATA}.MetadataIndex"
+_STORAGE_INFO = f"{FILESYSTEM}._StorageInfo"
 
 # Everything that torch 2.1 to 2.13 and megatron-core put into .metadata: `all_local_plans` of newer megatron-core
 # brings the planner's classes, `mcore_data` of older ones only dicts.
 _OLD_SHARDS = "torch.distributed._shard.sharded_tensor.metadata"
 _INERT = {
-    _METADATA: (
+    METADATA: (
         "Metadata TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata MetadataIndex TensorProperties"
         " StorageMeta _MEM_FORMAT_ENCODING"
     ),
-    _FILESYSTEM: "_StorageInfo _StoragePrefix",
+    FILESYSTEM: "_StorageInfo _StoragePrefix",
     _PLANNER: "SavePlan WriteItem WriteItemType TensorWriteData BytesIOWriteData",
     _OLD_SHARDS: "TensorProperties MEM_FORMAT_ENCODING",
     "torch.serialization": "_get_layout",
@@ -433,8 +319,8 @@ _INERT = {
     "pathlib._local": "Path PosixPath PurePosixPath",
 }
 _NAMES: dict[tuple[str, str], object] = {
-    **torch_file.DTYPE_NAMES,
+    **tensor_pickles.DTYPE_NAMES,
     **{(module, name): Reference(f"{module}.{name}") for module, names in _INERT.items() for name in names.split()},
-    ("torch", "Size"): Reference("torch.Size", torch_file.size_of),
-    ("collections", "OrderedDict"): Reference("collections.OrderedDict", torch_file.ordered_dict),
+    ("torch", "Size"): Reference("torch.Size", tensor_pickles.size_of),
+    ("collections", "OrderedDict"): Reference("collections.OrderedDict", tensor_pickles.ordered_dict),
 }

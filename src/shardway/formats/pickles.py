@@ -225,9 +225,11 @@ class _Machine:
     def push_global(self, module: str, name: str) -> None:
         value = self.allowed.get((module, name))
         if value is None:
-            if not f"{module}.".startswith(self.inert_packages or " "):
-                self.forbid(f"the pickle names {module}.{name}")
-            value = Reference(f"{module}.{name}")
+            # Shortened, for a long name that is repeated would multiply.
+            full = f"{module[:200]}.{name[:200]}"
+            if not full.startswith(self.inert_packages or "\0") or not full.isprintable():
+                self.forbid(f"the pickle names {full if full.isprintable() else ascii(full)}")
+            value = Reference(full)
         self.stack.append(value)
 
     def _problem(self, code: Code, what: str, i: int | None = None) -> Problem:
@@ -324,7 +326,7 @@ def _counted(machine: _Machine, op: int, i: int) -> int:
     width = 1 if op in {0x8C, 0x43} else 4 if op in {0x58, 0x42} else 8
     size = int.from_bytes(machine.take(i, width), "little")
     data = machine.take(i + width, size)
-    machine.stack.append(str(data, "utf-8", "surrogatepass") if op in {0x8C, 0x58, 0x8D} else data)
+    machine.stack.append(str(data, "utf-8") if op in {0x8C, 0x58, 0x8D} else data)
     return i + width + size
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import stat
+import math
 import struct
 from binascii import crc32
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardway.core.dtypes import DType
 from shardway.core.errors import Code, Problem, ShardwayError
-from shardway.formats import torch_file
+from shardway.formats import tensor_pickles, torch_file
 from shardway.formats.pickle_writer import (
     APPENDS,
     EMPTY_DICT,
@@ -28,7 +27,9 @@ from shardway.formats.pickle_writer import (
     real,
 )
 from shardway.formats.pickles import Reference, SavedObject, load_pickle
+from shardway.formats.small_files import read_small_file
 from shardway.formats.zips import (
+    Entry,
     ZipInvalidError,
     central_entry,
     directory_end,
@@ -39,7 +40,7 @@ from shardway.formats.zips import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from shardway.core.tensors import Shape
@@ -94,23 +95,7 @@ def read_torch_file(path: Path) -> Any:
     Raises:
         ShardwayError: `file-missing`, `file-unreadable` or what `read_torch_bytes` raises.
     """
-    try:
-        # O_NONBLOCK: a FIFO in the place of a file must not make us wait for ever.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
-        raise ShardwayError(Problem(code=Code.FILE_MISSING, what=f"{path.name} is missing", file=path)) from None
-    except OSError as error:
-        what = f"cannot open {path.name}: {error.strerror}"
-        raise ShardwayError(Problem(code=Code.FILE_UNREADABLE, what=what, file=path)) from None
-    with open(fd, "rb", buffering=0) as file:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            what = f"{path.name} is not a regular file"
-            raise ShardwayError(Problem(code=Code.FILE_UNREADABLE, what=what, file=path))
-        if status.st_size > MAX_FILE_BYTES:
-            raise _invalid(f"it has {status.st_size:,} bytes; at most {MAX_FILE_BYTES:,} are read", str(path))
-        data = file.read(MAX_FILE_BYTES)
-    return read_torch_bytes(data, file=str(path))
+    return read_torch_bytes(read_small_file(path, MAX_FILE_BYTES), file=str(path))
 
 
 def read_torch_bytes(data: bytes, *, file: str) -> Any:
@@ -140,30 +125,79 @@ def read_torch_bytes(data: bytes, *, file: str) -> Any:
         prefix, pickle = torch_file.open_archive(entries, data, read)
     except ZipInvalidError as error:
         raise _invalid(str(error), file) from None
-    budget = MAX_FILE_BYTES
-
-    def tensor(view: torch_file.View) -> SavedTensor:
-        nonlocal budget
-        budget -= view.num_bytes
-        if budget < 0:
-            raise _invalid(f"its tensors take more than {MAX_FILE_BYTES:,} bytes", file)
-        name = prefix + b"/data/" + view.storage.key.encode("utf-8", "replace")
-        try:
-            start = torch_file.storage_offset(entries, name, view, data, read)
-        except ZipInvalidError as error:
-            raise _invalid(str(error), file) from None
-        return SavedTensor(view.dtype, view.shape, data[start : start + view.num_bytes])
-
-    names = {
-        **_NAMES,
-        ("torch._utils", "_rebuild_tensor_v2"): Reference("tensor", lambda *a: tensor(torch_file.rebuild_tensor(*a))),
-        ("torch._utils", "_rebuild_tensor_v3"): Reference("tensor", lambda *a: tensor(torch_file.rebuild_untyped(*a))),
-    }
+    archive = _Archive(data, entries, prefix, file)
     value = load_pickle(
-        pickle, allowed=names, file=file, persistent=torch_file.storage_of_id, inert_packages=_INERT_PACKAGES
+        pickle,
+        allowed={**_NAMES, **archive.names()},
+        file=file,
+        persistent=tensor_pickles.storage_of_id,
+        inert_packages=_INERT_PACKAGES,
     )
     _check_tree(value, file)
     return value
+
+
+class _Archive:
+    """An open file of `torch.save`, and what its pickle may call to copy bytes out of it, within a budget.
+
+    Without the budget a small pickle that asks for the same large tensor again and again would fill the memory.
+    """
+
+    def __init__(self, data: bytes, entries: Mapping[bytes, Entry], prefix: bytes, file: str) -> None:
+        self._data = data
+        self._entries = entries
+        self._prefix = prefix
+        self._file = file
+        self._budget = MAX_FILE_BYTES
+
+    def names(self) -> dict[tuple[str, str], object]:
+        """The names whose stand-ins copy."""
+        calls: dict[tuple[str, str], Callable[..., object]] = {
+            ("torch._utils", "_rebuild_tensor_v2"): self._tensor_v2,
+            ("torch._utils", "_rebuild_tensor_v3"): self._tensor_v3,
+            ("_codecs", "encode"): self._bytes,
+        }
+        for module in ("builtins", "__builtin__"):
+            calls |= {(module, name): self._bytes for name in ("bytes", "bytearray")}
+            calls |= {(module, name): self._set for name in ("set", "frozenset")}
+        return {(module, name): Reference(f"{module}.{name}", make) for (module, name), make in calls.items()}
+
+    def _charge(self, num_bytes: int) -> None:
+        self._budget -= num_bytes
+        if self._budget < 0:
+            raise _invalid(f"its values take more than {MAX_FILE_BYTES:,} bytes", self._file)
+
+    def _tensor_v2(self, *args: Any) -> SavedTensor:
+        return self._tensor(tensor_pickles.rebuild_tensor(*args))
+
+    def _tensor_v3(self, *args: Any) -> SavedTensor:
+        return self._tensor(tensor_pickles.rebuild_untyped(*args))
+
+    def _tensor(self, view: tensor_pickles.View) -> SavedTensor:
+        name = self._prefix + b"/data/" + view.storage.key.encode()
+        try:
+            start = torch_file.storage_offset(self._entries, name, view, self._data, self._read)
+        except ZipInvalidError as error:
+            raise _invalid(str(error), self._file) from None
+        self._charge(view.num_bytes)
+        return SavedTensor(view.dtype, view.shape, self._data[start : start + view.num_bytes])
+
+    def _read(self, at: int, size: int) -> bytes:
+        return self._data[at : at + size]
+
+    def _bytes(self, text: object = b"", encoding: object = "latin1") -> bytes:
+        if type(text) is bytes:
+            return text
+        if type(text) is not str or encoding not in ("latin1", "latin-1"):
+            raise _bad_call("bytes")
+        self._charge(len(text))
+        return text.encode("latin1")
+
+    def _set(self, items: object = ()) -> set[object]:
+        if type(items) is not list or not all(type(item) in (str, int, float, bool, bytes) for item in items):
+            raise _bad_call("set")
+        self._charge(64 * len(items))
+        return set(items)
 
 
 def _check_tree(value: object, file: str) -> None:
@@ -175,7 +209,7 @@ def _check_tree(value: object, file: str) -> None:
         item, done = pending.pop()
         if done:
             depth -= 1
-            sizes[id(item)] = total = 1 + sum(sizes.get(id(part), 1) for part in _parts(item))
+            sizes[id(item)] = total = 1 + sum(sizes.get(id(part)) or _leaf(part) for part in _parts(item))
             if total > _MAX_VALUES:
                 raise _invalid(f"it expands to more than {_MAX_VALUES:,} values", file)
             continue
@@ -190,6 +224,10 @@ def _check_tree(value: object, file: str) -> None:
             sizes[id(item)] = -1
             pending.append((item, True))
             pending.extend((part, False) for part in parts)
+
+
+def _leaf(value: object) -> int:
+    return 1 + len(value) // 64 if isinstance(value, str | bytes) else 1
 
 
 def _parts(value: object) -> tuple[object, ...]:
@@ -219,6 +257,9 @@ def write_torch_file(value: object, *, name: str = "archive") -> bytes:
     parts: list[bytes] = []
     central: list[bytes] = []
     at = 0
+    for tensor in emitter.tensors:
+        if len(tensor.data) != tensor.dtype.num_bytes(math.prod(tensor.shape)):
+            raise ValueError(f"{len(tensor.data)} bytes for a {tensor.dtype.name} tensor of shape {list(tensor.shape)}")
     for piece, content in pieces:
         full = name.encode() + b"/" + piece
         if piece.startswith(b"data/"):
@@ -255,7 +296,7 @@ class _Emitter:
                 return writer.reference("torch", value.name)
             case SavedTensor():
                 self.tensors.append(value)
-                return torch_file.write_tensor(writer, value.dtype, value.shape, str(len(self.tensors) - 1))
+                return tensor_pickles.write_tensor(writer, value.dtype, value.shape, str(len(self.tensors) - 1))
             case tuple():
                 return writer.sequence([self.value(item) for item in value])
             case list():
@@ -290,25 +331,12 @@ def _bad_call(name: str) -> ShardwayError:
     )
 
 
-def _bytes(text: object = "", encoding: object = "latin1") -> bytes:
-    if type(text) is bytes:
-        return text
-    if type(text) is not str or encoding not in ("latin1", "latin-1"):
-        raise _bad_call("bytes")
-    return text.encode("latin1")
-
-
-def _list(items: object = (), most: object = None) -> list[object]:
+def _deque(items: object = None, most: object = None) -> list[object]:
     del most
-    if type(items) is not list and type(items) is not tuple:
+    items = [] if items is None else items
+    if type(items) is not list:
         raise _bad_call("deque")
-    return list(items)
-
-
-def _set(items: object = ()) -> set[object]:
-    if type(items) is not list or not all(type(item) in (str, int, float, bool, bytes) for item in items):
-        raise _bad_call("set")
-    return set(items)
+    return items
 
 
 def _complex(real_part: object, imaginary_part: object) -> complex:
@@ -323,9 +351,8 @@ def _default_dict(factory: object = None) -> dict[object, object]:
 
 
 _CALLS: dict[str, dict[str, Callable[..., object]]] = {
-    "_codecs": {"encode": _bytes},
-    "builtins": {"bytes": _bytes, "bytearray": _bytes, "set": _set, "frozenset": _set, "complex": _complex},
-    "collections": {"OrderedDict": torch_file.ordered_dict, "defaultdict": _default_dict, "deque": _list},
+    "builtins": {"complex": _complex},
+    "collections": {"OrderedDict": tensor_pickles.ordered_dict, "defaultdict": _default_dict, "deque": _deque},
 }
 # Kept as what they are called with. Megatron-LM's `args` name some of them; the factories of defaultdicts the others.
 _INERT = {
@@ -360,7 +387,7 @@ def _table() -> dict[tuple[str, str], object]:
     for module, other in _RENAMED.items():
         table |= {(other, name): value for (own, name), value in table.items() if own == module}
     table[("__builtin__", "xrange")] = table[("builtins", "range")]
-    return {**torch_file.TENSOR_NAMES, **table}
+    return {**tensor_pickles.TENSOR_NAMES, **table}
 
 
 _NAMES = _table()

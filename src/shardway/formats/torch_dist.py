@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import stat
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -14,6 +12,8 @@ from shardway.core.dtypes import dtype_of_torch
 from shardway.core.errors import Code, Problem, Problems, ShardwayError
 from shardway.core.tensors import Catalog, Chunk, StoredTensor
 from shardway.formats.dcp import DcpMetadata, read_metadata
+from shardway.formats.iterations import RELEASE, find_iteration, is_iteration_name, shorten
+from shardway.formats.safetensors import missing_file, unreadable_file
 from shardway.formats.saved_objects import (
     MAX_FILE_BYTES,
     SavedTensor,
@@ -21,6 +21,7 @@ from shardway.formats.saved_objects import (
     read_torch_file,
     write_torch_file,
 )
+from shardway.formats.small_files import read_small_file
 from shardway.formats.torch_file import read_tensor_blob
 
 if TYPE_CHECKING:
@@ -29,13 +30,10 @@ if TYPE_CHECKING:
 
     from shardway.formats.dcp import DcpLocation
 
-TRACKER = "latest_checkpointed_iteration.txt"
 COMMON_STATE = "common_state/shard_0_1"
-_RELEASE = "release"
 _MAX_METADATA_BYTES = 1 << 30
 _MAX_JSON_BYTES = 1 << 20
 _MAX_FILES = 100_000
-_SHOWN = 8
 _CURE_COPY = "the checkpoint is incomplete: copy or save it again"
 
 
@@ -96,11 +94,18 @@ def open_torch_dist(path: Path, *, wanted: Callable[[str], bool] | None = None) 
 
     Source: megatron/core/dist_checkpointing/serialization.py, megatron/training/checkpointing.py (core 0.16.1, 0.20).
     """
-    root = find_iteration(path)
+    try:
+        return _open(find_iteration(path), wanted)
+    except OSError as error:
+        what = f"cannot read the checkpoint: {error.strerror or error}"
+        raise ShardwayError(Problem(code=Code.FILE_UNREADABLE, what=what, file=error.filename or path)) from None
+
+
+def _open(root: Path, wanted: Callable[[str], bool] | None) -> TorchDistCheckpoint:
     files = _list_files(root)
     _check_backend(root, files)
     metadata_path = root / ".metadata"
-    metadata = read_metadata(_read_small(metadata_path, _MAX_METADATA_BYTES), str(metadata_path))
+    metadata = read_metadata(read_small_file(metadata_path, _MAX_METADATA_BYTES), str(metadata_path))
     problems = Problems()
     present = _check_files(root, metadata, files, problems)
     tensors = _find_tensors(root, metadata, present, wanted, problems)
@@ -121,45 +126,6 @@ def open_torch_dist(path: Path, *, wanted: Callable[[str], bool] | None = None) 
         files=files,
         metadata=metadata,
     )
-
-
-def find_iteration(path: Path) -> Path:
-    """The folder of the iteration that `path` means: itself, or the one that its tracker file names.
-
-    Raises:
-        ShardwayError: `tracker-invalid`, `file-missing` or `not-a-checkpoint`.
-    """
-    if not path.is_dir():
-        what = f"{path} is a file, not a checkpoint folder" if path.exists() else f"{path} does not exist"
-        raise ShardwayError(Problem(code=Code.FILE_MISSING, what=what, file=path, cure="check the path"))
-    if (path / ".metadata").exists() or _is_iteration_name(path.name):
-        return path
-    tracker = path / TRACKER
-    folders = sorted(entry.name for entry in path.iterdir() if _is_iteration_name(entry.name) and entry.is_dir())
-    if not tracker.exists():
-        if not folders:
-            raise _not_a_checkpoint(path)
-        raise _tracker_invalid(f"{path} has no {TRACKER}", path, folders)
-    text = _read_small(tracker, 4096).decode("utf-8", "replace").strip()
-    if text == _RELEASE:
-        name = _RELEASE
-    elif re.fullmatch(r"[0-9]{1,18}", text):
-        name = iteration_folder(int(text))
-    else:
-        raise _tracker_invalid(f"the tracker says {text[:80]!r}, neither a number nor 'release'", tracker, folders)
-    if name not in folders:
-        raise _tracker_invalid(f"the tracker names {name}, which is not there", tracker, folders)
-    return path / name
-
-
-def iteration_folder(iteration: int | None) -> str:
-    """Name of the folder of an iteration; None is a release."""
-    return _RELEASE if iteration is None else f"iter_{iteration:07d}"
-
-
-def tracker_text(iteration: int | None) -> bytes:
-    """Content of ``latest_checkpointed_iteration.txt``."""
-    return (_RELEASE if iteration is None else str(iteration)).encode()
 
 
 def metadata_json() -> bytes:
@@ -184,7 +150,7 @@ def train_state_pt(step: int = 0) -> bytes:
     """Content of ``train_state.pt``, as Megatron Bridge writes it for a model that has not been trained."""
     int64, float32, boolean = (dtype_of_torch(name) for name in ("int64", "float32", "bool"))
     counts = ("step", "consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
-    state = {name: SavedTensor(int64, (), struct.pack("<i", step if name == "step" else 0)) for name in counts}
+    state = {name: SavedTensor(int64, (), struct.pack("<q", step if name == "step" else 0)) for name in counts}
     state["floating_point_operations_so_far"] = SavedTensor(float32, (), bytes(4))
     state |= {name: SavedTensor(boolean, (), b"\0") for name in ("do_train", "do_valid", "do_test")}
     return write_torch_file(state, name="train_state")
@@ -195,15 +161,12 @@ def extra_state() -> bytes:
     return write_torch_file([None])
 
 
-def _is_iteration_name(name: str) -> bool:
-    return name == _RELEASE or re.fullmatch(r"iter_[0-9]{7,18}", name) is not None
-
-
 def _iteration_of(root: Path, common: Mapping[str, object]) -> tuple[int | None, bool]:
-    if root.name == _RELEASE:
+    name = root.absolute().name
+    if name == RELEASE:
         return None, True
-    if _is_iteration_name(root.name):
-        return int(root.name.removeprefix("iter_")), False
+    if is_iteration_name(name):
+        return int(name.removeprefix("iter_")), False
     number = common.get("iteration")
     return (number if type(number) is int else None), False
 
@@ -227,27 +190,12 @@ def _list_files(root: Path) -> dict[str, int]:
     return dict(sorted(files.items()))
 
 
-def _read_small(path: Path, most: int) -> bytes:
-    """A whole regular file of at most `most` bytes."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        code = Code.FILE_MISSING if isinstance(error, FileNotFoundError) else Code.FILE_UNREADABLE
-        raise ShardwayError(Problem(code=code, what=f"cannot open {path.name}: {error.strerror}", file=path)) from None
-    with open(fd, "rb", buffering=0) as file:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > most:
-            what = f"{path.name} is no regular file of at most {most:,} bytes"
-            raise ShardwayError(Problem(code=Code.FILE_UNREADABLE, what=what, file=path))
-        return file.read(status.st_size)
-
-
 def _check_backend(root: Path, files: Mapping[str, int]) -> None:
     """Refuse what is no complete torch_dist checkpoint, saying what it is instead."""
     if "metadata.json" in files:
         path = root / "metadata.json"
         try:
-            config = json.loads(_read_small(path, _MAX_JSON_BYTES))
+            config = json.loads(read_small_file(path, _MAX_JSON_BYTES))
             backend = config["sharded_backend"]
         except (ValueError, TypeError, KeyError, RecursionError):
             what = "metadata.json does not say which backend wrote the checkpoint"
@@ -268,7 +216,7 @@ def _check_backend(root: Path, files: Mapping[str, int]) -> None:
                 code=Code.METADATA_MISSING,
                 what=f"{' and '.join(missing)} missing in {root}",
                 file=root,
-                facts=(f"found: {_shorten(sorted(files)) or 'nothing'}",),
+                facts=(f"found: {shorten(sorted(files)) or 'nothing'}",),
                 cure=_explain(missing, files),
             )
         )
@@ -304,7 +252,7 @@ def _check_files(root: Path, metadata: DcpMetadata, files: Mapping[str, int], pr
         if size is not None and size >= num_bytes:
             present.add(name)
             continue
-        concerned = f"{len(users[name]):,} keys have data in it: {_shorten(users[name])}"
+        concerned = f"{len(users[name]):,} keys have data in it: {shorten(users[name])}"
         if size is None:
             what = f"{name} is missing"
             problems.add(Code.FILE_MISSING, what, file=root / name, facts=(concerned,), cure=_CURE_COPY)
@@ -333,9 +281,6 @@ def _find_tensors(
             descriptors[name] = os.open(root / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         for key in keys:
             _find_tensor(root, key, metadata, descriptors, tensors, problems)
-    except OSError as error:
-        what = f"cannot read the checkpoint: {error.strerror}"
-        problems.add(Code.FILE_UNREADABLE, what, file=error.filename or root)
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
@@ -408,42 +353,21 @@ def _read_object(root: Path, key: str, location: DcpLocation) -> object:
     if length > MAX_FILE_BYTES:
         what = f"the object {key} has {length:,} bytes; at most {MAX_FILE_BYTES:,} are read"
         raise ShardwayError(Problem(code=Code.TORCH_FILE_INVALID, what=what, tensor=key, file=root / name))
-    fd = os.open(root / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        data = os.pread(fd, length, offset)
-    finally:
-        os.close(fd)
+        fd = os.open(root / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            data = os.pread(fd, length, offset)
+        finally:
+            os.close(fd)
+    except FileNotFoundError:
+        raise ShardwayError(missing_file(root / name)) from None
+    except OSError as error:
+        raise ShardwayError(unreadable_file(root / name, error)) from None
+    if len(data) != length:
+        what = f"{name} ends within the object {key}"
+        raise ShardwayError(Problem(code=Code.DISTCP_TRUNCATED, what=what, tensor=key, file=root / name))
     return read_torch_bytes(data, file=f"{root / name} ({key})")
 
 
 def _string_keyed(value: dict[object, object]) -> dict[str, object]:
     return {key: item for key, item in value.items() if isinstance(key, str)}
-
-
-def _not_a_checkpoint(path: Path) -> ShardwayError:
-    found = _shorten(sorted(entry.name for entry in path.iterdir())) or "nothing"
-    return ShardwayError(
-        Problem(
-            code=Code.NOT_A_CHECKPOINT,
-            what=f"{path} is no Megatron checkpoint: it has no {TRACKER} and no iter_* folder",
-            file=path,
-            facts=(f"found: {found}",),
-            cure="pass the folder given to --save, or one of its iter_* folders",
-        )
-    )
-
-
-def _tracker_invalid(what: str, path: Path, folders: list[str]) -> ShardwayError:
-    return ShardwayError(
-        Problem(
-            code=Code.TRACKER_INVALID,
-            what=what,
-            file=path,
-            facts=(f"iterations there: {_shorten(folders) or 'none'}",),
-            cure="pass the folder of the iteration that you want" if folders else "check the path",
-        )
-    )
-
-
-def _shorten(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else "")

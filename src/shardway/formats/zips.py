@@ -22,6 +22,7 @@ END_BYTES = _END.size + _LOCATOR.size + _END64.size
 MAX_32 = 0xFFFFFFFF
 _UTF8 = 0x0800
 _VERSION = 45  # "needed to extract": zip64
+_MAX_DIRECTORY_BYTES = 16 << 20  # a hundred thousand entries
 
 
 class ZipInvalidError(Exception):
@@ -57,7 +58,7 @@ def read_directory(tail: bytes, length: int, read: Read) -> dict[bytes, Entry]:
         ZipInvalidError: If anything is unlike what `torch.save` writes.
     """
     count, size, start = _find_directory(tail, length)
-    if count * _CENTRAL.size > size:
+    if size > _MAX_DIRECTORY_BYTES or count * _CENTRAL.size > size:
         raise ZipInvalidError(f"its directory of {size:,} bytes can't hold {count:,} entries")
     tail_start = length - len(tail)
     at = start - tail_start

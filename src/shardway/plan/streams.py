@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from shardway.core.boxes import Box, exact_cover, row_major_strides, whole
 from shardway.core.errors import Code, Problem
 from shardway.core.tiles import restrict
+from shardway.formats.torch_file import tensor_blob_frame
 from shardway.plan.model import Piece, Stream
 
 if TYPE_CHECKING:
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 
     from shardway.core.tensors import Chunk, Shape, StoredTensor
     from shardway.core.tiles import Tile
+    from shardway.formats.torch_file import TensorFrame
+
+# Extents can be shared between files only in whole filesystem blocks, at the same place within a block on both sides.
+BLOCK_BYTES = 4096
 
 
 def chunk_problems(tensors: Iterable[StoredTensor]) -> list[Problem]:
@@ -90,6 +95,19 @@ def build_streams(
             streams.append(Stream(name, tensor.dtype, box, chunks, pieces, offsets))
     streams.sort(key=_place)
     return tuple(streams)
+
+
+def frame(stream: Stream, number: int) -> TensorFrame:
+    """The bytes around chunk `number` of a stream that is being imported, as they were planned."""
+    chunk = stream.chunks[number]
+    # With the chunk's own offset as the phase, any alignment above the planned padding gives the planned padding.
+    return tensor_blob_frame(
+        stream.dtype,
+        chunk.size,
+        offset=stream.blob_offsets[number],
+        align=BLOCK_BYTES,
+        phase=chunk.offset % BLOCK_BYTES,
+    )
 
 
 def slabs(tensor: StoredTensor) -> list[tuple[Box, tuple[Chunk, ...]]]:

@@ -1,0 +1,1 @@
+"""Converting files: import and export, from preflight to publication."""

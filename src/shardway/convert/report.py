@@ -1,0 +1,49 @@
+"""What a conversion reports when it is done."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConversionReport:
+    """What a conversion did.
+
+    Attributes:
+        source: What was read.
+        destination: What was written: the checkpoint's root, or the Hugging Face directory.
+        architecture: Hugging Face class.
+        family: Name of the model family.
+        layout: ``stacked`` or ``per-layer``.
+        iteration: Name of the iteration folder on the Megatron side, such as ``iter_0000000`` or ``release``.
+        num_tensors: Tensors on the Hugging Face side.
+        num_parameters: Their elements.
+        num_bytes: Bytes of tensors that were moved.
+        dtypes: Hugging Face tensors by dtype.
+        num_files: Large files that were written.
+        seconds: Wall-clock time from the call to its return.
+        reused: Whether the destination was found complete and nothing was done.
+        verified: Whether the result was read back and compared with the source.
+        notes: What a user should know about the result, one sentence each.
+    """
+
+    source: str
+    destination: str
+    architecture: str
+    family: str
+    layout: str
+    iteration: str
+    num_tensors: int
+    num_parameters: int
+    num_bytes: int
+    dtypes: dict[str, int]
+    num_files: int
+    seconds: float
+    reused: bool
+    verified: bool
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, object]:
+        """The report as JSON-ready data."""
+        return dataclasses.asdict(self)

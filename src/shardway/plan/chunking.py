@@ -1,0 +1,99 @@
+"""How an import cuts Megatron tensors into chunks, and chunks into files."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from shardway.core.boxes import Box, row_major_strides
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from shardway.core.tensors import Shape
+    from shardway.core.tiles import Tile
+
+# Two writers on one file wait for each other (ext4 and XFS lock the inode), so even a small checkpoint is spread over
+# several files; past this many more only cost metadata operations on a shared filesystem.
+_SPREAD_FILES = 16
+_SPREAD_BYTES = 64 * 2**20
+
+
+def chunk_boxes(shape: Shape, tiles: Sequence[Tile], max_elements: int) -> list[Box]:
+    """Cut a Megatron tensor into the chunks that an import writes.
+
+    A chunk is what one layer's tiles fill together: interleaved parts (query, key, value) share one, parts that lie
+    one after the other (gate, up) get one each, as Megatron Bridge writes them.
+
+    Args:
+        shape: Global shape of the tensor.
+        tiles: All its tiles.
+        max_elements: No chunk gets more elements than this, unless a single row has.
+
+    Returns:
+        Boxes that are contiguous in row-major order and cover the tensor exactly once, by rising position.
+    """
+    strides = row_major_strides(shape)
+    hulls = []
+    for tile in tiles:
+        low = list(tile.mcore.base)
+        high = list(low)
+        for size, (axis, step) in zip(tile.sizes, tile.mcore.steps, strict=True):
+            high[axis] += (size - 1) * step
+        first = sum(map(int.__mul__, low, strides))
+        hulls.append((first, sum(map(int.__mul__, high, strides)), low, high))
+    hulls.sort()
+    merged: list[tuple[int, list[int], list[int]]] = []
+    for first, last, low, high in hulls:
+        if merged and first <= merged[-1][0]:
+            reached, lows, highs = merged[-1]
+            merged[-1] = (max(reached, last), list(map(min, lows, low)), list(map(max, highs, high)))
+        else:
+            merged.append((last, low, high))
+    boxes = (Box(tuple(low), tuple(h - lo + 1 for lo, h in zip(low, high, strict=True))) for _, low, high in merged)
+    return [part for box in boxes for part in split_box(box, max_elements)]
+
+
+def split_box(box: Box, max_elements: int) -> list[Box]:
+    """Cut a box along its leading axes into boxes of at most `max_elements`, each contiguous within it.
+
+    Only a single element is ever left over the limit (`max_elements` < 1 counts as 1).
+    """
+    total = box.num_elements
+    if total <= max(max_elements, 1):
+        return [box]
+    axis = next(k for k, size in enumerate(box.size) if size > 1)
+    inner = math.prod(box.size[axis + 1 :])
+    rows = max(1, max_elements // inner)
+    parts = []
+    for at in range(0, box.size[axis], rows):
+        start = (*box.start[:axis], box.start[axis] + at, *box.start[axis + 1 :])
+        size = (*box.size[:axis], min(rows, box.size[axis] - at), *box.size[axis + 1 :])
+        parts += [Box(start, size)] if inner <= max_elements else split_box(Box(start, size), max_elements)
+    return parts
+
+
+def assign_files(sizes: Sequence[int], max_file_bytes: int) -> list[int]:
+    """Spread blobs over files in order, evenly by bytes.
+
+    Args:
+        sizes: Bytes of each blob, in the order in which they are to be laid down.
+        max_file_bytes: No file gets more than this, unless a single blob has.
+
+    Returns:
+        For each blob the number of its file, counted from 0 without gaps.
+    """
+    total = sum(sizes)
+    wanted = max(-(-total // max_file_bytes), min(_SPREAD_FILES, -(-total // _SPREAD_BYTES)), 1)
+    goal = -(-total // wanted)
+    numbers = []
+    number = filled = passed = 0
+    for size in sizes:
+        # A file is closed at the point nearest to its even share, or before it would grow past the limit.
+        if filled and (filled + size > max_file_bytes or passed + size // 2 >= goal * (number + 1)):
+            number += 1
+            filled = 0
+        numbers.append(number)
+        filled += size
+        passed += size
+    return numbers

@@ -1,0 +1,107 @@
+"""Planning an export: a Megatron torch_dist iteration folder in, a Hugging Face checkpoint out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from shardway.core.errors import Problems
+from shardway.core.tensors import Catalog, Chunk, StoredTensor
+from shardway.formats.safetensors import lay_out
+from shardway.formats.sharding import INDEX_FILE, index_json, shard_tensors
+from shardway.plan.imports import config_with_dtype
+from shardway.plan.matching import is_training_state, match_megatron
+from shardway.plan.model import Direction, Plan, TargetFile
+from shardway.plan.streams import build_streams, chunk_problems
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from shardway.core.dtypes import DType
+    from shardway.families.mapping import ModelMapping
+    from shardway.formats.torch_dist import TorchDistCheckpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """What an export may be told.
+
+    Attributes:
+        dtype: Type to cast floating-point tensors to; None keeps every tensor's bits.
+        max_shard_bytes: No safetensors file holds more tensor bytes, unless a single tensor has.
+    """
+
+    dtype: DType | None = None
+    max_shard_bytes: int = 5 * 10**9
+
+
+def plan_export(
+    source: TorchDistCheckpoint,
+    mapping: ModelMapping,
+    config: Mapping[str, object],
+    copied_files: tuple[tuple[str, str], ...],
+    copies: Mapping[str, str],
+    destination: Path,
+    options: ExportOptions,
+) -> Plan:
+    """Plan an export completely; nothing is read but what `source` holds already.
+
+    Args:
+        source: The checkpoint, its metadata read and checked.
+        mapping: The model's mapping in the checkpoint's layout.
+        config: The Hugging Face config that goes with it.
+        copied_files: Files to go along: name in the destination, and path.
+        copies: Tensors that the original held as copies of another one (name: which one), to be restored.
+        destination: The directory to be.
+        options: What the user chose.
+
+    Raises:
+        ShardwayError: Everything that is missing, unexpected, misshapen or not covered once, together.
+    """
+    problems = Problems()
+    match_megatron(mapping, source.catalog.tensors, problems)
+    problems.extend(chunk_problems(source.catalog.tensors.values()))
+    problems.raise_if_any()
+    mapping = mapping.with_copies(copies)
+    dtypes: dict[str, DType] = {}
+    for tile in mapping.tiles:
+        stored = source.catalog.tensors[tile.mcore.tensor].dtype
+        dtypes[tile.hf.tensor] = options.dtype if options.dtype is not None and stored.floating else stored
+    shards = shard_tensors([(name, dtypes[name], shape) for name, shape in mapping.hf.items()], options.max_shard_bytes)
+    tensors: dict[str, StoredTensor] = {}
+    targets = []
+    for shard in shards:
+        layout = lay_out(shard.tensors, {"format": "pt"})
+        targets.append(TargetFile(shard.file, layout.num_bytes, ((0, layout.header),)))
+        for (name, dtype, shape), offset in zip(shard.tensors, layout.offsets, strict=True):
+            chunk = Chunk((0,) * len(shape), shape, shard.file, offset)
+            tensors[name] = StoredTensor(name, dtype, shape, (chunk,))
+    small_files = {INDEX_FILE: index_json(shards)} if len(shards) > 1 else {}
+    if options.dtype is not None:
+        small_files["config.json"] = config_with_dtype(config, options.dtype)
+        copied_files = tuple(file for file in copied_files if file[0] != "config.json")
+    return Plan(
+        direction=Direction.EXPORT,
+        hf=Catalog(root=destination, tensors=tensors),
+        mcore=source.catalog,
+        streams=build_streams(mapping.tiles, tensors, source.catalog.tensors),
+        targets=tuple(targets),
+        small_files=small_files,
+        copied_files=copied_files,
+        notes=tuple(_notes(source, mapping, dtypes)),
+    )
+
+
+def _notes(source: TorchDistCheckpoint, mapping: ModelMapping, dtypes: Mapping[str, DType]) -> list[str]:
+    cast: dict[tuple[str, str], set[str]] = {}
+    for tile in mapping.tiles:
+        stored, written = source.catalog.tensors[tile.mcore.tensor].dtype, dtypes[tile.hf.tensor]
+        if stored is not written:
+            cast.setdefault((stored.name, written.name), set()).add(tile.hf.tensor)
+    notes = [f"{len(names)} tensors were cast from {old} to {new}" for (old, new), names in cast.items()]
+    left_out = sorted(filter(is_training_state, (*source.metadata.tensors, *source.metadata.objects)))
+    if left_out:
+        listed = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
+        notes.append(f"{len(left_out)} entries of training state were left out: {listed}")
+    return notes

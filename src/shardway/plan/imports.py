@@ -1,0 +1,223 @@
+"""Planning an import: a Hugging Face checkpoint in, a Megatron torch_dist iteration folder out."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from shardway.core.errors import Code, Problems
+from shardway.core.tensors import Catalog, Chunk, StoredTensor
+from shardway.families.layout import Layout
+from shardway.formats.dcp import DcpChunk, DcpLocation, DcpTensor, write_metadata
+from shardway.formats.torch_dist import common_pt, extra_state, metadata_json, train_state_pt
+from shardway.formats.torch_file import tensor_blob_frame
+from shardway.plan.chunking import assign_files, chunk_boxes
+from shardway.plan.matching import match_huggingface
+from shardway.plan.model import Direction, Plan, TargetFile
+from shardway.plan.streams import BLOCK_BYTES, build_streams
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from shardway.core.dtypes import DType
+    from shardway.core.tensors import Shape
+    from shardway.core.tiles import Tile
+    from shardway.families.mapping import ModelMapping
+    from shardway.formats.huggingface import HuggingFaceCheckpoint
+
+HF_FOLDER = "hf"
+_ALIGN = 64
+_ALIGN_WORTHWHILE_BYTES = 2**16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportOptions:
+    """What an import may be told.
+
+    Attributes:
+        layout: How layers lie on disk.
+        dtype: Type to cast floating-point tensors to; None keeps every tensor's bits.
+        iteration: Number of the iteration folder; None for ``release``.
+        max_file_bytes: No ``.distcp`` file grows larger, unless a single row of a tensor does.
+    """
+
+    layout: Layout = Layout.STACKED
+    dtype: DType | None = None
+    iteration: int | None = 0
+    max_file_bytes: int = 4 * 2**30
+
+
+def plan_import(
+    source: HuggingFaceCheckpoint, mapping: ModelMapping, destination: Path, options: ImportOptions
+) -> Plan:
+    """Plan an import completely; nothing is read but what `source` holds already.
+
+    Args:
+        source: The checkpoint, its headers read and checked.
+        mapping: The model's mapping in the layout that `options` names.
+        destination: The iteration folder to be.
+        options: What the user chose.
+
+    Raises:
+        ShardwayError: Everything that is missing, unexpected, misshapen, unsupported or mixed, together.
+    """
+    problems = Problems()
+    matched = match_huggingface(mapping, source.catalog.tensors, problems)
+    problems.raise_if_any()
+    dtypes = _dtypes(source.catalog.tensors, mapping, options.dtype, problems)
+    problems.raise_if_any()
+
+    on: dict[str, list[Tile]] = {}
+    for tile in mapping.tiles:
+        on.setdefault(tile.mcore.tensor, []).append(tile)
+    laid = _lay_out(source, mapping, on, dtypes, options.max_file_bytes)
+    catalog = Catalog(
+        root=destination,
+        tensors={
+            key: StoredTensor(key, dtypes[key], shape, tuple(laid.chunks[key])) for key, shape in mapping.mcore.items()
+        },
+    )
+    content = options.layout.content_metadata
+    small_files = {
+        ".metadata": laid.metadata(mapping, dtypes),
+        "metadata.json": metadata_json(),
+        "common.pt": common_pt(options.iteration or 0, content),
+        "train_state.pt": train_state_pt(options.iteration or 0),
+    }
+    copied = {f"{HF_FOLDER}/{file.name}": file.name for file in source.small_files}
+    if options.dtype is not None:
+        small_files[f"{HF_FOLDER}/config.json"] = config_with_dtype(source.config, options.dtype)
+        del copied[f"{HF_FOLDER}/config.json"]
+    return Plan(
+        direction=Direction.IMPORT,
+        hf=source.catalog,
+        mcore=catalog,
+        streams=build_streams(mapping.tiles, source.catalog.tensors, catalog.tensors, laid.blob_offsets),
+        targets=tuple(laid.targets),
+        small_files=small_files,
+        copied_files=tuple(copied.items()),
+        copies=matched.copies,
+        notes=tuple(_notes(source, mapping, options.dtype, matched.left_out)),
+    )
+
+
+def config_with_dtype(config: Mapping[str, object], dtype: DType) -> bytes:
+    """A config.json that declares `dtype`, under the key that it used already."""
+    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    return (json.dumps({**config, key: dtype.name}, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _dtypes(
+    tensors: Mapping[str, StoredTensor], mapping: ModelMapping, wanted: DType | None, problems: Problems
+) -> dict[str, DType]:
+    """The type of every Megatron tensor; tensors that would need two are problems."""
+    parts: dict[str, dict[DType, str]] = {}
+    for tile in mapping.tiles:
+        parts.setdefault(tile.mcore.tensor, {}).setdefault(wanted or tensors[tile.hf.tensor].dtype, tile.hf.tensor)
+    for key, found in parts.items():
+        if len(found) > 1:
+            problems.add(
+                Code.DTYPE_MIXED,
+                f"{key} is made of tensors of different dtypes",
+                tensor=key,
+                facts=[f"{name} is {dtype.name}" for dtype, name in found.items()],
+                cure="choose one dtype with --dtype, or, where layers differ, keep them apart with --layout per-layer",
+            )
+    return {key: next(iter(found)) for key, found in parts.items()}
+
+
+class _Laid:
+    """Where every chunk goes, as it is being worked out."""
+
+    def __init__(self) -> None:
+        self.chunks: dict[str, list[Chunk]] = {}
+        self.blobs: dict[str, list[DcpChunk]] = {}
+        self.blob_offsets: dict[tuple[str, int], int] = {}
+        self.targets: list[TargetFile] = []
+        self.empty_object: DcpLocation
+
+    def metadata(self, mapping: ModelMapping, dtypes: Mapping[str, DType]) -> bytes:
+        tensors = {key: DcpTensor(dtypes[key], shape, tuple(self.blobs[key])) for key, shape in mapping.mcore.items()}
+        return write_metadata(tensors, dict.fromkeys(mapping.extra_state, self.empty_object))
+
+
+def _lay_out(
+    source: HuggingFaceCheckpoint,
+    mapping: ModelMapping,
+    on: Mapping[str, list[Tile]],
+    dtypes: Mapping[str, DType],
+    max_file_bytes: int,
+) -> _Laid:
+    """Give every chunk its file and place: chunks in the order of the model's layers, files filled evenly."""
+    order = {name: place for place, name in enumerate(mapping.hf)}
+    blobs = []
+    for key, shape in mapping.mcore.items():
+        itemsize = dtypes[key].itemsize
+        boxes = chunk_boxes(shape, on[key], max_file_bytes // itemsize)
+        first = {tile.mcore.base: tile for tile in on[key]}
+        tile = on[key][0]
+        for box in boxes:
+            tile = first.get(box.start, tile)
+            blobs.append((order[tile.hf.tensor], key, box, tile))
+    blobs.sort(key=lambda blob: blob[:2])
+    sizes = [box.num_elements * dtypes[key].itemsize for _, key, box, _ in blobs]
+    laid = _Laid()
+    empty = extra_state()
+    name, at, literals = _file_name(0), len(empty), ((0, empty),)
+    laid.empty_object = DcpLocation(name, 0, len(empty))
+    last = 0
+    for number, (_, key, box, tile) in zip(assign_files(sizes, max_file_bytes), blobs, strict=True):
+        if number != last:
+            laid.targets.append(TargetFile(name, at, literals))
+            name, at, literals, last = _file_name(number), 0, (), number
+        dtype = dtypes[key]
+        align, phase = _phase(source.catalog.tensors[tile.hf.tensor], box.size, dtype)
+        frame = tensor_blob_frame(dtype, box.size, offset=at, align=align, phase=phase)
+        chunk = Chunk(box.start, box.size, name, at + len(frame.head))
+        laid.chunks.setdefault(key, []).append(chunk)
+        laid.blobs.setdefault(key, []).append(DcpChunk(box.start, box.size, DcpLocation(name, at, frame.length)))
+        laid.blob_offsets[name, chunk.offset] = at
+        at += frame.length
+    laid.targets.append(TargetFile(name, at, literals))
+    return laid
+
+
+def _phase(tensor: StoredTensor, size: Shape, dtype: DType) -> tuple[int, int]:
+    """Alignment and place in it of a chunk's first element, so that a filesystem can share the source's blocks."""
+    offset = tensor.chunks[0].offset
+    worthwhile = dtype is tensor.dtype and math.prod(size) * dtype.itemsize >= _ALIGN_WORTHWHILE_BYTES
+    return (BLOCK_BYTES, offset % BLOCK_BYTES) if worthwhile and offset % 8 == 0 else (_ALIGN, 0)
+
+
+def _file_name(number: int) -> str:
+    return f"__0_{number}.distcp"
+
+
+def _notes(
+    source: HuggingFaceCheckpoint, mapping: ModelMapping, wanted: DType | None, left_out: tuple[str, ...]
+) -> list[str]:
+    notes = []
+    found: dict[str, int] = {}
+    for name in mapping.hf:
+        dtype = source.catalog.tensors[name].dtype.name
+        found[dtype] = found.get(dtype, 0) + 1
+    declared = source.config.get("dtype", source.config.get("torch_dtype"))
+    if wanted is not None:
+        changed = {dtype: count for dtype, count in found.items() if dtype != wanted.name}
+        notes += [f"{count} tensors were cast from {dtype} to {wanted.name}" for dtype, count in changed.items()]
+    elif isinstance(declared, str):
+        declared = declared.removeprefix("torch.")
+        notes += [
+            f"{count} tensors are {dtype} although config.json says {declared}; their bits were kept"
+            for dtype, count in found.items()
+            if dtype != declared
+        ]
+    if left_out:
+        notes.append(f"{len(left_out)} buffers that the config determines were left out, such as {left_out[0]}")
+    if source.left_out:
+        listed = ", ".join(source.left_out[:4]) + (", ..." if len(source.left_out) > 4 else "")
+        notes.append(f"{len(source.left_out)} files of the source were not carried along: {listed}")
+    return notes

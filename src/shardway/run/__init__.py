@@ -1,0 +1,1 @@
+"""Executing plans: threads that move bytes, staging and publishing."""

@@ -1,0 +1,146 @@
+"""Threads that work through streams: batches by file, the first error stops all, progress is reported as it happens."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from shardway.core.errors import Code, Problem, ShardwayError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from shardway.plan.model import Stream
+
+_BATCH_BYTES = 64 * 2**20
+
+
+class Worker(Protocol):
+    """What a thread does with a stream."""
+
+    def move(self, stream: Stream) -> None:
+        """Work through one stream."""
+
+
+class Batch(NamedTuple):
+    """Streams that one thread takes together: neighbours that are written to one file."""
+
+    file: str
+    streams: tuple[Stream, ...]
+
+
+def default_workers() -> int:
+    """Threads that a run uses unless told otherwise: one per processor that this process may use, at most 16."""
+    return max(1, min(16, len(os.sched_getaffinity(0))))
+
+
+def batches(streams: Iterable[Stream], written_to: Callable[[Stream], str]) -> list[Batch]:
+    """Group neighbouring streams that are written to the same file into batches of about 64 MiB."""
+    grouped: dict[str, list[list[Stream]]] = {}
+    sizes: dict[str, int] = {}
+    for stream in streams:
+        file = written_to(stream)
+        groups = grouped.setdefault(file, [[]])
+        if sizes.get(file, 0) >= _BATCH_BYTES:
+            groups.append([])
+            sizes[file] = 0
+        groups[-1].append(stream)
+        sizes[file] = sizes.get(file, 0) + stream.num_bytes
+    return [Batch(file, tuple(group)) for file, groups in grouped.items() for group in groups]
+
+
+class Engine:
+    """Runs batches on threads.
+
+    Args:
+        work: The batches; a thread prefers one whose file no other thread is working on.
+        make_worker: Makes the worker of one thread.
+        num_workers: Number of threads, at least 1.
+        finished: Called, on the thread that finished it, when the last batch of a file is done.
+    """
+
+    def __init__(
+        self,
+        work: Sequence[Batch],
+        make_worker: Callable[[], Worker],
+        num_workers: int,
+        finished: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._waiting = list(reversed(work))
+        self._make_worker = make_worker
+        self._num_workers = max(1, min(num_workers, len(work)))
+        self._finished = finished
+        self._left: dict[str, int] = {}
+        for batch in work:
+            self._left[batch.file] = self._left.get(batch.file, 0) + 1
+        self._active: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._errors: list[BaseException] = []
+
+    def run(self) -> None:
+        """Work through all batches; returns when every thread has ended.
+
+        Raises:
+            ShardwayError: What any thread raised, all problems together; batches not yet begun are not done.
+            KeyboardInterrupt: After the threads have stopped.
+        """
+        threads = [threading.Thread(target=self._work, name=f"shardway-{k}") for k in range(self._num_workers)]
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        except BaseException:
+            self._stop.set()
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+            raise
+        if not self._errors:
+            return
+        known = [error for error in self._errors if isinstance(error, ShardwayError)]
+        if len(known) < len(self._errors):
+            raise next(error for error in self._errors if not isinstance(error, ShardwayError))
+        raise ShardwayError(dict.fromkeys(problem for error in known for problem in error.problems)) from known[0]
+
+    def _work(self) -> None:
+        try:
+            worker = self._make_worker()
+            while (batch := self._next()) is not None:
+                for stream in batch.streams:
+                    if self._stop.is_set():
+                        return
+                    worker.move(stream)
+                self._done(batch)
+        except BaseException as error:  # noqa: BLE001 - raised again by run()
+            self._errors.append(error)
+            self._stop.set()
+
+    def _next(self) -> Batch | None:
+        with self._lock:
+            if not self._waiting or self._stop.is_set():
+                return None
+            places = range(len(self._waiting) - 1, -1, -1)
+            place = next((k for k in places if self._waiting[k].file not in self._active), len(self._waiting) - 1)
+            batch = self._waiting.pop(place)
+            self._active[batch.file] = self._active.get(batch.file, 0) + 1
+            return batch
+
+    def _done(self, batch: Batch) -> None:
+        with self._lock:
+            self._active[batch.file] -= 1
+            if not self._active[batch.file]:
+                del self._active[batch.file]
+            self._left[batch.file] -= 1
+            finished = not self._left[batch.file]
+        if finished:
+            self._finished(batch.file)
+
+
+def interrupted() -> ShardwayError:
+    """The error of a run that the user stopped."""
+    return ShardwayError(
+        Problem(code=Code.INTERRUPTED, what="stopped before the end; nothing was published", cure="run it again")
+    )

@@ -1,0 +1,168 @@
+"""Publishing: everything is written beside the destination and renamed into place, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import secrets
+import shutil
+from typing import TYPE_CHECKING, Self
+
+from shardway.run.files import failing, sync_directory
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+class Staging:
+    """A directory that grows beside its destination and takes its place in one rename.
+
+    Its name starts with a dot, so that no reader takes it for a checkpoint (Megatron looks for ``iter_*``). Leaving
+    the context without `publish` removes it, and the parents that it had to create.
+
+    Args:
+        destination: Where the directory will be.
+        sync: Force files and directories to the device before they are renamed.
+    """
+
+    def __init__(self, destination: Path, *, sync: bool) -> None:
+        self.destination = destination
+        self.sync = sync
+        self.path = destination.parent / f".{destination.name}.shardway-{os.getpid()}-{secrets.token_hex(4)}"
+        self._created: list[Path] = []
+        self._published = False
+
+    def __enter__(self) -> Self:
+        missing = [self.destination.parent, *self.destination.parent.parents]
+        missing = missing[: next(k for k, path in enumerate(missing) if path.exists())]
+        try:
+            for path in reversed(missing):
+                with failing("create directory", path):
+                    path.mkdir(exist_ok=True)
+                self._created.append(path)
+            with failing("create directory", self.path):
+                self.path.mkdir()
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._published:
+            self._remove()
+
+    def create(self, name: str, num_bytes: int) -> None:
+        """Create a file of zeros of `num_bytes` bytes, without taking space for them yet."""
+        path = self.path / name
+        with failing(f"create a file of {num_bytes} bytes", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            try:
+                os.ftruncate(descriptor, num_bytes)
+            finally:
+                os.close(descriptor)
+
+    def write(self, name: str, contents: bytes) -> None:
+        """Write a whole small file and, where asked for, force it to the device."""
+        write_file(self.path / name, contents, sync=self.sync)
+
+    def copy(self, source: Path, name: str) -> None:
+        """Copy a file's contents (not its links, owner or times)."""
+        path = self.path / name
+        with failing(f"copy {source}", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, path)
+            if self.sync:
+                _sync_file(path)
+
+    def publish(self) -> None:
+        """Put the directory in its place; what was there before is removed only after that.
+
+        Raises:
+            ShardwayError: `io-failed`; the destination is then as it was.
+        """
+        if self.sync:
+            for directory, _, _ in os.walk(self.path):
+                sync_directory(self.path / directory)
+        with failing("publish", self.destination):
+            if _is_filled(self.destination):
+                _exchange(self.path, self.destination)
+                self._published = True
+                shutil.rmtree(self.path, ignore_errors=True)
+            else:
+                self.path.rename(self.destination)
+                self._published = True
+        if self.sync:
+            sync_directory(self.destination.parent)
+            for path in self._created:
+                sync_directory(path.parent)
+
+    def _remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        for path in reversed(self._created):
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def write_file(path: Path, contents: bytes, *, sync: bool) -> None:
+    """Replace a small file in one rename, so that a reader sees the old contents or the new.
+
+    Args:
+        path: The file.
+        contents: All of its bytes.
+        sync: Force it to the device before the rename, and the directory after it.
+
+    Raises:
+        ShardwayError: `io-failed`, or `no-space`.
+    """
+    temporary = path.with_name(f".{path.name}.shardway-{os.getpid()}-{secrets.token_hex(4)}")
+    with failing(f"write {len(contents)} bytes", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(contents)
+            if sync:
+                _sync_file(temporary)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    if sync:
+        sync_directory(path.parent)
+
+
+def _is_filled(path: Path) -> bool:
+    return path.is_dir() and any(path.iterdir())
+
+
+def _exchange(staged: Path, destination: Path) -> None:
+    """Swap two directories in one step where the kernel and filesystem can, else in two renames."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    renameat2 = getattr(libc, "renameat2", None)
+    if renameat2 is not None:
+        done = renameat2(_AT_FDCWD, os.fsencode(staged), _AT_FDCWD, os.fsencode(destination), _RENAME_EXCHANGE)
+        if done == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+            raise OSError(code, os.strerror(code))
+    aside = staged.with_name(f"{staged.name}-old")
+    destination.rename(aside)
+    try:
+        staged.rename(destination)
+    except OSError:
+        aside.rename(destination)
+        raise
+    aside.rename(staged)
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

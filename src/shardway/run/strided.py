@@ -1,0 +1,108 @@
+"""Moving strided grids of elements between files and memory: what byte runs are too short for, and casts."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy.typing as npt
+
+    from shardway.core.tensors import Shape
+    from shardway.run.files import Files
+
+    Array = npt.NDArray[Any]
+
+# Below this many bytes a system call costs more than the bytes it would save.
+_SIEVE_RUN_BYTES = 8192
+_SIEVE_WASTE = 4
+
+
+def raw_dtype(itemsize: int) -> np.dtype[np.generic]:
+    """An unsigned integer or void type of `itemsize` bytes, to carry bits without meaning."""
+    return np.dtype(f"u{itemsize}") if itemsize in (1, 2, 4, 8) else np.dtype(f"V{itemsize}")
+
+
+def grid_view(flat: Array, offset: int, sizes: Shape, strides: Shape) -> Array:
+    """The grid of a one-dimensional array's elements at `offset + sum(index[k] * strides[k])`, without a copy."""
+    reach = offset + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
+    if reach >= flat.size:
+        raise IndexError(f"grid reaches element {reach} of {flat.size}")
+    byte_strides = tuple(s * flat.itemsize for s in strides)
+    return np.lib.stride_tricks.as_strided(flat[offset:], sizes, byte_strides)
+
+
+def gather(
+    files: Files, name: str, offset: int, sizes: Shape, strides: Shape, dtype: np.dtype[np.generic]
+) -> tuple[Array, int]:
+    """Read a grid of elements from a file.
+
+    Args:
+        files: Open files.
+        name: The file.
+        offset: Byte offset of the grid's first element.
+        sizes: Extents of the grid.
+        strides: Distance per axis, in elements.
+        dtype: Element type.
+
+    Returns:
+        An array of shape `sizes`, in any memory order, and the bytes that were read.
+    """
+    order, run_axes = _file_order(sizes, strides)
+    ordered = [sizes[k] for k in order]
+    run_elements = math.prod(ordered[len(ordered) - run_axes :])
+    hull = 1 + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
+    total = math.prod(sizes)
+    if run_elements < total and run_elements * dtype.itemsize < _SIEVE_RUN_BYTES and hull <= _SIEVE_WASTE * total:
+        memory = np.empty(hull, dtype)
+        files.read_into(name, memoryview(memory.view(np.uint8)), offset)
+        return grid_view(memory, 0, sizes, strides), hull * dtype.itemsize
+    dense = np.empty(total, dtype)
+    view = memoryview(dense.view(np.uint8))
+    num_bytes = run_elements * dtype.itemsize
+    for k, at in enumerate(_run_offsets(order, run_axes, sizes, strides)):
+        files.read_into(name, view[k * num_bytes : (k + 1) * num_bytes], offset + at * dtype.itemsize)
+    return dense.reshape(ordered).transpose(_inverse(order)), total * dtype.itemsize
+
+
+def scatter(files: Files, name: str, offset: int, strides: Shape, grid: Array) -> None:
+    """Write a grid of elements to a file, touching no byte between them; the arguments are those of `gather`."""
+    order, run_axes = _file_order(grid.shape, strides)
+    dense = np.ascontiguousarray(grid.transpose(order))
+    run_bytes = math.prod(dense.shape[len(order) - run_axes :]) * dense.itemsize
+    view = memoryview(dense.reshape(-1).view(np.uint8))
+    for k, at in enumerate(_run_offsets(order, run_axes, grid.shape, strides)):
+        files.write_from(name, view[k * run_bytes : (k + 1) * run_bytes], offset + at * dense.itemsize)
+
+
+def _file_order(sizes: Shape, strides: Shape) -> tuple[list[int], int]:
+    """Axes by falling distance in the file, and how many of the last of them are contiguous together."""
+    order = sorted(range(len(sizes)), key=lambda k: (-strides[k], sizes[k]))
+    run_axes = 0
+    length = 1
+    for k in reversed(order):
+        if sizes[k] != 1 and strides[k] != length:
+            break
+        length *= sizes[k]
+        run_axes += 1
+    return order, run_axes
+
+
+def _run_offsets(order: Sequence[int], run_axes: int, sizes: Shape, strides: Shape) -> list[int]:
+    outer = order[: len(order) - run_axes]
+    return [
+        sum(i * strides[k] for i, k in zip(index, outer, strict=True))
+        for index in itertools.product(*(range(sizes[k]) for k in outer))
+    ]
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    inverse = [0] * len(order)
+    for position, axis in enumerate(order):
+        inverse[axis] = position
+    return inverse

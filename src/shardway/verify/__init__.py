@@ -1,0 +1,1 @@
+"""Comparing checkpoints bit for bit, and looking into them."""

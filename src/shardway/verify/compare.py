@@ -1,0 +1,255 @@
+"""Comparing the two sides of a plan, element by element, in bounded memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from shardway.core.boxes import Box
+from shardway.core.errors import Code, Problem, ShardwayError
+from shardway.core.tensors import Catalog
+from shardway.core.tiles import addresses, identity, restrict
+from shardway.plan.model import Direction, Plan
+from shardway.run.engine import Engine, batches
+from shardway.run.files import Files
+from shardway.run.progress import Meter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    import numpy.typing as npt
+
+    from shardway.core.dtypes import DType
+    from shardway.core.tiles import Tile
+    from shardway.formats.record import ChunkDigests
+    from shardway.plan.model import Stream
+    from shardway.run.progress import Progress
+
+    Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValueDifference:
+    """Where two tensors of one shape differ.
+
+    Attributes:
+        num_elements: How many elements differ in their bits.
+        first_index: Index, on the Hugging Face side, of the first of them in row-major order.
+        max_abs: Largest absolute difference of their values; NaN where one of two differing values is NaN.
+    """
+
+    num_elements: int
+    first_index: tuple[int, ...]
+    max_abs: float
+
+
+def compare_streams(
+    plan: Plan,
+    num_workers: int,
+    progress: Callable[[Progress], None] | None = None,
+    expected: ChunkDigests | None = None,
+) -> tuple[dict[str, ValueDifference], list[Problem]]:
+    """Read both sides of a plan and compare every element.
+
+    Args:
+        plan: Any plan; it is only read. Where dtypes differ, the Hugging Face side is cast to the Megatron side's.
+        num_workers: Threads.
+        progress: Called as the comparison proceeds.
+        expected: Digests that the chunks of the Megatron side must have.
+
+    Returns:
+        Differences by Hugging Face tensor, and the digests that did not match as problems.
+
+    Raises:
+        ShardwayError: `io-failed`, `source-changed`.
+    """
+    meter = Meter("verify", plan.num_bytes, progress)
+    with Files(plan.hf.root) as hf, Files(plan.mcore.root) as mcore:
+        shared = _Findings()
+        engine = Engine(
+            batches(plan.streams, _file),
+            lambda: _Comparer(plan, hf, mcore, meter.advance, expected or {}, shared),
+            num_workers,
+        )
+        engine.run()
+    return shared.differences, shared.damaged
+
+
+def compare_plan(
+    plan: Plan,
+    written: Path,
+    num_workers: int,
+    progress: Callable[[Progress], None] | None,
+    digests: ChunkDigests,
+) -> None:
+    """Compare what a plan wrote into a directory with what it read.
+
+    Args:
+        plan: The import or export that was executed.
+        written: Where its files are now.
+        num_workers: Threads.
+        progress: Called as the comparison proceeds.
+        digests: Digests that the chunks of the Megatron side must have.
+
+    Raises:
+        ShardwayError: `verify-failed` for every tensor that differs, `digest-mismatch`.
+    """
+    if plan.direction is Direction.IMPORT:
+        plan = dataclasses.replace(plan, mcore=Catalog(root=written, tensors=plan.mcore.tensors))
+    else:
+        plan = dataclasses.replace(plan, hf=Catalog(root=written, tensors=plan.hf.tensors))
+    differences, damaged = compare_streams(plan, num_workers, progress, digests)
+    problems = damaged + [
+        Problem(
+            code=Code.VERIFY_FAILED,
+            what=f"{name} was not written as it was read",
+            tensor=name,
+            facts=(f"{found.num_elements} elements differ, the first at {list(found.first_index)}",),
+            cure="the disk or memory may be faulty; nothing was published",
+        )
+        for name, found in sorted(differences.items())
+    ]
+    if problems:
+        raise ShardwayError(problems)
+
+
+class _Findings:
+    """What all threads of a comparison have found."""
+
+    def __init__(self) -> None:
+        self.differences: dict[str, ValueDifference] = {}
+        self.damaged: list[Problem] = []
+        self._lock = threading.Lock()
+
+    def differ(self, tensor: str, found: ValueDifference) -> None:
+        with self._lock:
+            known = self.differences.get(tensor)
+            if known is not None:
+                found = ValueDifference(
+                    num_elements=known.num_elements + found.num_elements,
+                    first_index=min(known.first_index, found.first_index),
+                    max_abs=_larger(known.max_abs, found.max_abs),
+                )
+            self.differences[tensor] = found
+
+    def damage(self, problems: tuple[Problem, ...]) -> None:
+        with self._lock:
+            self.damaged += problems
+
+
+class _Comparer:
+    """Compares streams on one thread."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        hf: Files,
+        mcore: Files,
+        advance: Callable[[int], None],
+        expected: Mapping[tuple[str, tuple[int, ...]], str],
+        findings: _Findings,
+    ) -> None:
+        self._plan = plan
+        self._hf = hf
+        self._mcore = mcore
+        self._advance = advance
+        self._expected = expected
+        self._findings = findings
+
+    def move(self, stream: Stream) -> None:
+        import numpy as np
+        import xxhash
+
+        from shardway.run.blocks import blocks_of, read_chunks, read_pieces
+        from shardway.run.mover import digest_mismatch
+
+        hashers = [xxhash.xxh3_128() for _ in stream.chunks]
+        done = [0] * len(stream.chunks)
+        for block in blocks_of(stream):
+            ours = read_chunks(stream, block, self._mcore, hashers, done)
+            theirs = read_pieces(self._plan, stream, block, self._hf, {})
+            if not np.array_equal(ours, theirs):
+                self._locate(stream, block, ours, theirs)
+            self._advance(ours.nbytes)
+        for chunk, hasher, num_bytes in zip(stream.chunks, hashers, done, strict=True):
+            expected = self._expected.get((stream.tensor, chunk.start))
+            digest = hasher.hexdigest()
+            if expected is not None and digest != expected:
+                error = digest_mismatch(stream.tensor, chunk, expected, digest, num_bytes)
+                self._findings.damage(error.problems)
+
+    def _locate(self, stream: Stream, block: Box, ours: Array, theirs: Array) -> None:
+        import numpy as np
+
+        from shardway.run.strided import grid_view
+
+        for piece in stream.pieces:
+            for part in restrict(piece.tile, block, mcore=True):
+                # The grid's own axes, not merged: the place of an element in its tensor follows from them.
+                offset, strides = addresses(part.mcore, block)
+                left, right = (grid_view(side, offset, part.sizes, tuple(strides)) for side in (ours, theirs))
+                differing = np.argwhere(left != right)
+                if len(differing):
+                    places = differing @ np.array(_index_matrix(part), dtype=np.int64) + np.array(part.hf.base)
+                    first = min(map(tuple, places.tolist()))
+                    found = ValueDifference(
+                        num_elements=len(differing),
+                        first_index=first,
+                        max_abs=_max_abs(left[left != right], right[left != right], stream.dtype),
+                    )
+                    self._findings.differ(part.hf.tensor, found)
+
+
+def _index_matrix(tile: Tile) -> list[list[int]]:
+    """For each axis of the grid, how a step along it changes the index in the Hugging Face tensor."""
+    rank = len(tile.hf.base)
+    return [[step if axis == on else 0 for axis in range(rank)] for on, step in tile.hf.steps]
+
+
+def _max_abs(left: Array, right: Array, dtype: DType) -> float:
+    import numpy as np
+
+    kind = dtype.numpy()
+    if kind.kind == "c":
+        return float(np.max(np.abs(left.view(kind) - right.view(kind))))
+    with np.errstate(invalid="ignore", over="ignore"):
+        return float(np.max(np.abs(left.view(kind).astype(np.float64) - right.view(kind).astype(np.float64))))
+
+
+def _larger(left: float, right: float) -> float:
+    return left if left != left or left > right else right  # noqa: PLR0124 - NaN wins
+
+
+def _file(stream: Stream) -> str:
+    return stream.chunks[0].file
+
+
+def check_copies(plan: Plan, num_workers: int) -> None:
+    """Prove that tensors which a config ties to another one are bit-equal copies of it.
+
+    Raises:
+        ShardwayError: `tied-weights-differ` for every one that is not.
+    """
+    if not plan.copies:
+        return
+    from shardway.plan.matching import tied_problem
+    from shardway.plan.streams import build_streams
+
+    tensors = plan.hf.tensors
+    tiles = [identity(name, of, tensors[name].shape) for name, of in plan.copies.items()]
+    streams = build_streams(tiles, tensors, {of: tensors[of] for of in plan.copies.values()})
+    compared = Plan(direction=Direction.COMPARE, hf=plan.hf, mcore=plan.hf, streams=streams)
+    differences, _ = compare_streams(compared, num_workers)
+    if differences:
+        raise ShardwayError(
+            tied_problem(
+                name,
+                plan.copies[name],
+                tensors[name].chunks[0].file,
+                f"{found.num_elements} elements differ, the first at {list(found.first_index)}",
+            )
+            for name, found in differences.items()
+        )
