@@ -120,6 +120,8 @@ def _read(data: bytes, file: str) -> DcpMetadata:
     tensors: dict[str, DcpTensor] = {}
     objects: dict[str, DcpLocation] = {}
     for key, entry in entries.items():
+        if len(problems) >= _MAX_PROBLEMS:
+            break
         if type(key) is not str or len(key) > _MAX_KEY_LENGTH or not key.isprintable():
             problems.add(Code.METADATA_INVALID, f"{key!a:.200} is no name of a tensor", file=file)
         elif _is(entry, "TensorStorageMetadata"):
@@ -134,7 +136,8 @@ def _read(data: bytes, file: str) -> DcpMetadata:
                 objects[key] = location
         else:
             problems.add(Code.METADATA_INVALID, f"the entry of {key} is neither tensor nor bytes", file=file)
-    _report_strays(locations, file, problems)
+    if not len(problems):  # what a broken tensor left behind is no problem of its own
+        _report_strays(locations, file, problems)
     problems.raise_if_any()
     version = state.get("version")
     return DcpMetadata(tensors=tensors, objects=objects, version=version if type(version) is str else None)
@@ -151,6 +154,8 @@ def _locations(
     found: dict[tuple[str, Shape | None], DcpLocation] = {}
     safe_names: set[str] = set()
     for index, place in places.items():
+        if len(problems) >= _MAX_PROBLEMS:
+            break
         key = _index(index)
         if key is None or type(place) is not SavedObject or place.type_name != _STORAGE_INFO:
             problems.add(Code.METADATA_INVALID, "storage_data has an entry that is not an index and a place", file=file)

@@ -89,6 +89,5 @@ def _tracker_invalid(what: str, path: Path, folders: list[str]) -> ShardwayError
 
 def shorten(names: Sequence[str]) -> str:
     """The first few of many names, and how many more there are."""
-    return ", ".join(map(printable, names[:_SHOWN])) + (
-        f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-    )
+    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    return ", ".join(map(printable, names[:_SHOWN])) + more

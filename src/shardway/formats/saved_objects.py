@@ -40,7 +40,7 @@ from shardway.formats.zips import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
     from pathlib import Path
 
     from shardway.core.tensors import Shape
@@ -143,7 +143,7 @@ class _Archive:
     Without the budget a small pickle that asks for the same large tensor again and again would fill the memory.
     """
 
-    def __init__(self, data: bytes, entries: Mapping[bytes, Entry], prefix: bytes, file: str) -> None:
+    def __init__(self, data: bytes, entries: dict[bytes, Entry], prefix: bytes, file: str) -> None:
         self._data = data
         self._entries = entries
         self._prefix = prefix

@@ -34,6 +34,7 @@ COMMON_STATE = "common_state/shard_0_1"
 _MAX_METADATA_BYTES = 1 << 30
 _MAX_JSON_BYTES = 1 << 20
 _MAX_FILES = 100_000
+_MAX_PROBLEMS = 32  # a damaged file can break every one of 50,000 chunks
 _CURE_COPY = "the checkpoint is incomplete: copy or save it again"
 
 
@@ -280,6 +281,8 @@ def _find_tensors(
         for name in sorted({chunk.location.file for key in keys for chunk in metadata.tensors[key].chunks} & present):
             descriptors[name] = os.open(root / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         for key in keys:
+            if len(problems) >= _MAX_PROBLEMS:
+                break
             _find_tensor(root, key, metadata, descriptors, tensors, problems)
     finally:
         for descriptor in descriptors.values():

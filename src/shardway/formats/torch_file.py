@@ -7,7 +7,6 @@ import os
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from shardway.core.dtypes import DType
 from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.formats.pickles import load_pickle
 from shardway.formats.tensor_pickles import TENSOR_NAMES, View, storage_of_id, tensor_pickle
@@ -26,6 +25,7 @@ from shardway.formats.zips import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from shardway.core.dtypes import DType
     from shardway.core.tensors import Shape
 
 _MAX_PICKLE_BYTES = 64 << 20
