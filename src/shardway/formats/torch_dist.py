@@ -12,7 +12,15 @@ from shardway.core.dtypes import dtype_of_torch
 from shardway.core.errors import Code, Problem, Problems, ShardwayError
 from shardway.core.tensors import Catalog, Chunk, StoredTensor
 from shardway.formats.dcp import DcpMetadata, read_metadata
-from shardway.formats.iterations import RELEASE, find_iteration, is_iteration_name, shorten
+from shardway.formats.iterations import (
+    RELEASE,
+    TRACKER,
+    find_iteration,
+    is_iteration_name,
+    iteration_folder,
+    shorten,
+    tracker_text,
+)
 from shardway.formats.safetensors import missing_file, unreadable_file
 from shardway.formats.saved_objects import (
     MAX_FILE_BYTES,
@@ -29,6 +37,20 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from shardway.formats.dcp import DcpLocation
+
+__all__ = [
+    "COMMON_STATE",
+    "TRACKER",
+    "TorchDistCheckpoint",
+    "common_pt",
+    "extra_state",
+    "find_iteration",
+    "iteration_folder",
+    "metadata_json",
+    "open_torch_dist",
+    "tracker_text",
+    "train_state_pt",
+]
 
 COMMON_STATE = "common_state/shard_0_1"
 _MAX_METADATA_BYTES = 1 << 30
