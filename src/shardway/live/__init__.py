@@ -1,0 +1,1 @@
+"""Saving live models out of distributed jobs without a collective. The only package that imports torch."""
