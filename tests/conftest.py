@@ -53,7 +53,7 @@ def imported(hf_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
     root = tmp_path_factory.mktemp("megatron")
 
     @functools.cache
-    def make(name: str, layout: Literal["stacked", "per-layer"] = "stacked") -> Path:
+    def make(name: str, layout: Literal["stacked", "per-layer"]) -> Path:
         destination = root / f"{name}_{layout}"
         if layout == "stacked":
             shardway.import_hf(hf_model(name), destination)
@@ -61,4 +61,4 @@ def imported(hf_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
             shardway.import_hf(hf_model(name), destination, layout=layout)
         return destination
 
-    return make
+    return lambda name, layout="stacked": make(name, layout)

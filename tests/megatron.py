@@ -58,8 +58,8 @@ class Job:
     tokens: Sequence[Sequence[int]]
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
-    metadata: Mapping[str, bool] = dataclasses.field(default_factory=dict)
-    """Passed to ``sharded_state_dict``; ``{"non_homogeneous_layers": True}`` asks for keys per layer."""
+    metadata: Mapping[str, bool] | None = None
+    """Passed to ``sharded_state_dict``; None for the checkpoint's own ``content_metadata``, as Megatron-LM does."""
 
     @property
     def num_processes(self) -> int:
@@ -361,8 +361,12 @@ def _load(model: Any, job: Mapping[str, Any]) -> tuple[set[str], set[str]]:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
+    metadata = job["metadata"]
+    if metadata is None:
+        metadata = dist_checkpointing.load_content_metadata(job["checkpoint"])
+
     def wanted() -> dict[str, Any]:
-        return {"model": model.sharded_state_dict(metadata=dict(job["metadata"]) or None)}
+        return {"model": model.sharded_state_dict(metadata=dict(metadata))}
 
     model.load_state_dict(dist_checkpointing.load(wanted(), job["checkpoint"])["model"])
     _, missing, unexpected = dist_checkpointing.load(wanted(), job["checkpoint"], strict=StrictHandling.RETURN_ALL)
