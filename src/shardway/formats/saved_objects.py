@@ -331,12 +331,13 @@ def _bad_call(name: str) -> ShardwayError:
     )
 
 
-def _deque(items: object = None, most: object = None) -> list[object]:
+def _deque(items: object = (), most: object = None) -> list[object]:
     del most
-    items = [] if items is None else items
-    if type(items) is not list:
+    if type(items) is list:
+        return items
+    if items != ():
         raise _bad_call("deque")
-    return items
+    return []
 
 
 def _complex(real_part: object, imaginary_part: object) -> complex:
@@ -386,7 +387,8 @@ def _table() -> dict[tuple[str, str], object]:
         table |= {(module, name): Reference(f"{module}.{name}", make) for name, make in calls.items()}
     for module, other in _RENAMED.items():
         table |= {(other, name): value for (own, name), value in table.items() if own == module}
-    table[("__builtin__", "xrange")] = table[("builtins", "range")]
+    for old, new in (("xrange", "range"), ("long", "int"), ("unicode", "str")):
+        table[("__builtin__", old)] = table[("builtins", new)]
     return {**tensor_pickles.TENSOR_NAMES, **table}
 
 

@@ -175,7 +175,7 @@ def _integers(values: object) -> Shape | None:
 
 def size_of(values: object = ()) -> Shape:
     """Stands in for ``torch.Size``."""
-    sizes = _integers(tuple(values) if type(values) is list else values)
+    sizes = _integers(values)
     if sizes is None:
         raise ShardwayError(Problem(code=Code.PICKLE_INVALID, what="a torch.Size is not made of counts"))
     return sizes
