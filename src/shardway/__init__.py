@@ -17,24 +17,24 @@ if TYPE_CHECKING:
     from shardway.convert.report import ConversionReport
     from shardway.core.errors import Code, Problem, ShardwayError
     from shardway.run.progress import Progress
-    from shardway.verify.inspection import InspectReport, inspect
-    from shardway.verify.verification import VerifyReport, verify
+    from shardway.verification.inspection import InspectReport, inspect
+    from shardway.verification.pair import VerifyReport, verify
 
 # Where each public name lives; imported on first use, so that `import shardway` costs next to nothing.
 _HOMES = {
     "Code": "core.errors",
     "ConversionReport": "convert.report",
-    "InspectReport": "verify.inspection",
+    "InspectReport": "verification.inspection",
     "PlanReport": "convert.planning",
     "Problem": "core.errors",
     "Progress": "run.progress",
     "ShardwayError": "core.errors",
-    "VerifyReport": "verify.verification",
+    "VerifyReport": "verification.pair",
     "export_hf": "convert.exporting",
     "import_hf": "convert.importing",
-    "inspect": "verify.inspection",
+    "inspect": "verification.inspection",
     "plan": "convert.planning",
-    "verify": "verify.verification",
+    "verify": "verification.pair",
 }
 
 __all__ = [

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from shardway.convert.options import IfExists, choice, in_the_way, parse_dtype, parse_size, parse_workers
+from shardway.convert.options import IfExists, choice, in_the_way, parse_dtype, parse_size
 from shardway.convert.report import ConversionReport
 from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.families.config import HFConfig
@@ -17,14 +17,15 @@ from shardway.families.mapping import map_model
 from shardway.formats.huggingface import CONFIG_FILE, open_huggingface, read_companions
 from shardway.formats.record import read_record
 from shardway.formats.torch_dist import open_torch_dist
-from shardway.plan.exports import ExportOptions, plan_export
-from shardway.plan.imports import HF_FOLDER
-from shardway.plan.matching import is_training_state
-from shardway.plan.streams import build_streams
+from shardway.plans.exports import ExportOptions, plan_export
+from shardway.plans.imports import HF_FOLDER
+from shardway.plans.streams import build_streams
+from shardway.run.engine import parse_workers
 from shardway.run.execute import execute, preflight
 from shardway.run.progress import Meter
 from shardway.run.publish import Staging
-from shardway.verify.compare import compare_plan, compare_streams
+from shardway.verification.compare import compare_plan, compare_streams
+from shardway.verification.opening import is_model_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from shardway.families.mapping import ModelMapping
     from shardway.formats.record import ChunkDigests
     from shardway.formats.torch_dist import TorchDistCheckpoint
-    from shardway.plan.model import Plan
+    from shardway.plans.model import Plan
     from shardway.run.progress import Progress
 
 
@@ -110,11 +111,6 @@ def export_hf(
         verified=verify and not reuse,
         notes=plan.notes,
     )
-
-
-def is_model_state(key: str) -> bool:
-    """Whether a key of a Megatron checkpoint belongs to the model."""
-    return not is_training_state(key)
 
 
 class ExportJob(NamedTuple):

@@ -14,7 +14,6 @@ from shardway.convert.options import (
     invalid_option,
     parse_dtype,
     parse_size,
-    parse_workers,
 )
 from shardway.convert.report import ConversionReport
 from shardway.core.errors import Code, Problem, ShardwayError
@@ -24,18 +23,19 @@ from shardway.families.mapping import map_model
 from shardway.formats.huggingface import CONFIG_FILE, open_huggingface
 from shardway.formats.record import RECORD_FILE, Record, read_record
 from shardway.formats.torch_dist import TRACKER, iteration_folder, open_torch_dist, tracker_text
-from shardway.plan.imports import ImportOptions, plan_import
+from shardway.plans.imports import ImportOptions, plan_import
+from shardway.run.engine import parse_workers
 from shardway.run.execute import execute, preflight
 from shardway.run.progress import Meter
 from shardway.run.publish import Staging, write_file
-from shardway.verify.compare import check_copies, compare_plan
+from shardway.verification.compare import check_copies, compare_plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from shardway.families.mapping import ModelMapping
     from shardway.formats.huggingface import HuggingFaceCheckpoint
-    from shardway.plan.model import Plan
+    from shardway.plans.model import Plan
     from shardway.run.progress import Progress
 
 TRAIN_STATE = "train_state.pt"

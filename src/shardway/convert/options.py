@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 from shardway.core.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from shardway.core.errors import Code, Problem, ShardwayError
-from shardway.run.engine import default_workers
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -73,19 +72,6 @@ def parse_size(name: str, value: str | int) -> int:
     if num_bytes < 1:
         raise invalid_option(name, value, "at least one byte")
     return num_bytes
-
-
-def parse_workers(value: int | None) -> int:
-    """Number of threads; None for the default.
-
-    Raises:
-        ShardwayError: `option-invalid` for less than one or more than 256.
-    """
-    if value is None:
-        return default_workers()
-    if isinstance(value, bool) or not 1 <= value <= 256:
-        raise invalid_option("workers", value, "a number from 1 to 256")
-    return value
 
 
 def invalid_option(name: str, value: object, expected: str) -> ShardwayError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -102,7 +103,7 @@ def _cut(by_interval: dict[tuple[int, int], list[Box]], extent: int) -> Iterator
         opening.setdefault(start, []).append((start, size))
     ordered = sorted(edges)
     live: list[tuple[int, int]] = []
-    for low, high in zip(ordered, ordered[1:], strict=False):
+    for low, high in itertools.pairwise(ordered):
         live = [interval for interval in live if interval[0] + interval[1] > low] + opening.get(low, [])
         yield (low, high - low), [box for interval in live for box in by_interval[interval]]
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from shardway.core.tensors import Shape
     from shardway.families.config import HFConfig
+    from shardway.families.rules import Expanded, Rule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +91,7 @@ def map_model(config: HFConfig, layout: Layout = Layout.STACKED) -> ModelMapping
 
     rules = [(rule, expand(rule.source, dims)) for rule in family.rules if rule.applies(flags)]
     first_layer = next(k for k, (rule, _) in enumerate(rules) if rule.per_layer)
-    ordered = [(rule, parts, None) for rule, parts in rules[:first_layer]]
+    ordered: list[tuple[Rule, Expanded, int | None]] = [(rule, parts, None) for rule, parts in rules[:first_layer]]
     ordered += [(rule, parts, i) for i in range(num_layers) for rule, parts in rules if rule.per_layer]
     ordered += [(rule, parts, None) for rule, parts in rules[first_layer:] if not rule.per_layer]
     for rule, parts, layer in ordered:

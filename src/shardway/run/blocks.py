@@ -9,9 +9,9 @@ import xxhash
 
 from shardway.core.boxes import Box
 from shardway.core.tiles import linearise, restrict
-from shardway.plan.chunking import split_box
-from shardway.plan.model import Direction
-from shardway.plan.streams import frame
+from shardway.plans.chunking import split_box
+from shardway.plans.model import Direction
+from shardway.plans.streams import frame
 from shardway.run.strided import gather, grid_view, raw_dtype, scatter
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from shardway.core.dtypes import DType
     from shardway.core.tensors import Chunk
-    from shardway.plan.model import Plan, Stream
+    from shardway.plans.model import Plan, Stream
     from shardway.run.files import Files
 
     Array = npt.NDArray[Any]
@@ -88,7 +88,7 @@ def read_chunks(stream: Stream, block: Box, mcore: Files, hashers: Sequence[xxha
         if inside is None:
             continue
         part = np.empty_like(array[inside])
-        view = memoryview(part.reshape(-1).view(np.uint8))
+        view = part.reshape(-1).view(np.uint8).data
         mcore.read_into(chunk.file, view, chunk.offset + done[k])
         hashers[k].update(view)
         done[k] += len(view)
@@ -105,7 +105,7 @@ def _write_chunks(
             continue
         if not done[k]:
             mcore.write_from(chunk.file, frame(stream, k).head, stream.blob_offsets[k])
-        view = memoryview(np.ascontiguousarray(array[inside]).reshape(-1).view(np.uint8))
+        view = np.ascontiguousarray(array[inside]).reshape(-1).view(np.uint8).data
         mcore.write_from(chunk.file, view, chunk.offset + done[k])
         hashers[k].update(view)
         done[k] += len(view)

@@ -9,7 +9,7 @@ import fcntl
 import struct
 from typing import TYPE_CHECKING
 
-from shardway.plan.streams import BLOCK_BYTES
+from shardway.plans.streams import BLOCK_BYTES
 
 if TYPE_CHECKING:
     from shardway.run.files import Files

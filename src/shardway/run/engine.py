@@ -11,7 +11,7 @@ from shardway.core.errors import Code, Problem, ShardwayError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from shardway.plan.model import Stream
+    from shardway.plans.model import Stream
 
 _BATCH_BYTES = 64 * 2**20
 
@@ -30,9 +30,19 @@ class Batch(NamedTuple):
     streams: tuple[Stream, ...]
 
 
-def default_workers() -> int:
-    """Threads that a run uses unless told otherwise: one per processor that this process may use, at most 16."""
-    return max(1, min(16, len(os.sched_getaffinity(0))))
+def parse_workers(value: int | None) -> int:
+    """Number of threads to use; None for one per processor that this process may use, at most 16.
+
+    Raises:
+        ShardwayError: `option-invalid` for less than one or more than 256.
+    """
+    if value is None:
+        return max(1, min(16, len(os.sched_getaffinity(0))))
+    if isinstance(value, bool) or not 1 <= value <= 256:
+        raise ShardwayError(
+            Problem(code=Code.OPTION_INVALID, what=f"workers={value!r}; expected a number from 1 to 256")
+        )
+    return value
 
 
 def batches(streams: Iterable[Stream], written_to: Callable[[Stream], str]) -> list[Batch]:

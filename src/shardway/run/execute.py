@@ -7,7 +7,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from shardway.core.errors import Code, Problems
-from shardway.plan.model import Direction, Plan
+from shardway.plans.model import Direction, Plan
 from shardway.run.clone import Cloner
 from shardway.run.engine import Engine, batches
 from shardway.run.files import Files
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from shardway.formats.record import ChunkDigests
-    from shardway.plan.model import Stream
+    from shardway.plans.model import Stream
     from shardway.run.publish import Staging
 
 

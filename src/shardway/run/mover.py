@@ -14,14 +14,14 @@ import xxhash
 from shardway.core.boxes import Box
 from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.core.tiles import linearise, runs
-from shardway.plan.model import Direction
-from shardway.plan.streams import frame
+from shardway.plans.model import Direction
+from shardway.plans.streams import frame
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from shardway.core.tensors import Chunk
-    from shardway.plan.model import Plan, Stream
+    from shardway.plans.model import Plan, Stream
     from shardway.run.clone import Cloner
     from shardway.run.files import Files
 

@@ -60,10 +60,10 @@ def gather(
     total = math.prod(sizes)
     if run_elements < total and run_elements * dtype.itemsize < _SIEVE_RUN_BYTES and hull <= _SIEVE_WASTE * total:
         memory = np.empty(hull, dtype)
-        files.read_into(name, memoryview(memory.view(np.uint8)), offset)
+        files.read_into(name, memory.view(np.uint8).data, offset)
         return grid_view(memory, 0, sizes, strides), hull * dtype.itemsize
     dense = np.empty(total, dtype)
-    view = memoryview(dense.view(np.uint8))
+    view = dense.view(np.uint8).data
     num_bytes = run_elements * dtype.itemsize
     for k, at in enumerate(_run_offsets(order, run_axes, sizes, strides)):
         files.read_into(name, view[k * num_bytes : (k + 1) * num_bytes], offset + at * dtype.itemsize)
@@ -75,7 +75,7 @@ def scatter(files: Files, name: str, offset: int, strides: Shape, grid: Array) -
     order, run_axes = _file_order(grid.shape, strides)
     dense = np.ascontiguousarray(grid.transpose(order))
     run_bytes = math.prod(dense.shape[len(order) - run_axes :]) * dense.itemsize
-    view = memoryview(dense.reshape(-1).view(np.uint8))
+    view = dense.reshape(-1).view(np.uint8).data
     for k, at in enumerate(_run_offsets(order, run_axes, grid.shape, strides)):
         files.write_from(name, view[k * run_bytes : (k + 1) * run_bytes], offset + at * dense.itemsize)
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from shardway.core.dtypes import DType, dtype_of_torch
 from shardway.core.errors import Code, Problem, ShardwayError
-from shardway.formats.huggingface import SmallFile, index_json, open_huggingface, shard_tensors
+from shardway.formats.huggingface import SmallFile, open_huggingface
 from shardway.formats.safetensors import lay_out
+from shardway.formats.sharding import index_json, shard_tensors
 
 if TYPE_CHECKING:
     from shardway.core.tensors import Shape

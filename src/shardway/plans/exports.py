@@ -9,10 +9,10 @@ from shardway.core.errors import Problems
 from shardway.core.tensors import Catalog, Chunk, StoredTensor
 from shardway.formats.safetensors import lay_out
 from shardway.formats.sharding import INDEX_FILE, index_json, shard_tensors
-from shardway.plan.imports import config_with_dtype
-from shardway.plan.matching import is_training_state, match_megatron
-from shardway.plan.model import Direction, Plan, TargetFile
-from shardway.plan.streams import build_streams, chunk_problems
+from shardway.plans.imports import config_with_dtype
+from shardway.plans.matching import is_training_state, match_megatron
+from shardway.plans.model import Direction, Plan, TargetFile
+from shardway.plans.streams import build_streams, chunk_problems
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -7,11 +7,10 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from shardway.core.boxes import Box
 from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.core.tensors import Catalog
 from shardway.core.tiles import addresses, identity, restrict
-from shardway.plan.model import Direction, Plan
+from shardway.plans.model import Direction, Plan
 from shardway.run.engine import Engine, batches
 from shardway.run.files import Files
 from shardway.run.progress import Meter
@@ -22,10 +21,11 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from shardway.core.boxes import Box
     from shardway.core.dtypes import DType
     from shardway.core.tiles import Tile
     from shardway.formats.record import ChunkDigests
-    from shardway.plan.model import Stream
+    from shardway.plans.model import Stream
     from shardway.run.progress import Progress
 
     Array = npt.NDArray[Any]
@@ -220,7 +220,7 @@ def _max_abs(left: Array, right: Array, dtype: DType) -> float:
 
 
 def _larger(left: float, right: float) -> float:
-    return left if left != left or left > right else right  # noqa: PLR0124 - NaN wins
+    return left if left != left or left > right else right
 
 
 def _file(stream: Stream) -> str:
@@ -235,8 +235,8 @@ def check_copies(plan: Plan, num_workers: int) -> None:
     """
     if not plan.copies:
         return
-    from shardway.plan.matching import tied_problem
-    from shardway.plan.streams import build_streams
+    from shardway.plans.matching import tied_problem
+    from shardway.plans.streams import build_streams
 
     tensors = plan.hf.tensors
     tiles = [identity(name, of, tensors[name].shape) for name, of in plan.copies.items()]

@@ -9,7 +9,7 @@ from shardway.core.boxes import Box, exact_cover, row_major_strides, whole
 from shardway.core.errors import Code, Problem
 from shardway.core.tiles import restrict
 from shardway.formats.torch_file import tensor_blob_frame
-from shardway.plan.model import Piece, Stream
+from shardway.plans.model import Piece, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -43,8 +43,10 @@ def chunk_problems(tensors: Iterable[StoredTensor]) -> list[Problem]:
                 what=f"a part of {tensor.name} {what}",
                 tensor=tensor.name,
                 facts=(
-                    f"the part starts at {list(fault.box.start)} and extends {list(fault.box.size)}; "
-                    f"the tensor's shape is {list(tensor.shape)}, in {len(tensor.chunks)} chunks",
+                    (
+                        f"the part starts at {list(fault.box.start)} and extends {list(fault.box.size)}; "
+                        f"the tensor's shape is {list(tensor.shape)}, in {len(tensor.chunks)} chunks"
+                    ),
                 ),
                 cure="the checkpoint's .metadata is damaged or its save was incomplete",
             )

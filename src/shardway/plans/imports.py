@@ -13,10 +13,10 @@ from shardway.families.layout import Layout
 from shardway.formats.dcp import DcpChunk, DcpLocation, DcpTensor, write_metadata
 from shardway.formats.torch_dist import common_pt, extra_state, metadata_json, train_state_pt
 from shardway.formats.torch_file import tensor_blob_frame
-from shardway.plan.chunking import assign_files, chunk_boxes
-from shardway.plan.matching import match_huggingface
-from shardway.plan.model import Direction, Plan, TargetFile
-from shardway.plan.streams import BLOCK_BYTES, build_streams
+from shardway.plans.chunking import assign_files, chunk_boxes
+from shardway.plans.matching import match_huggingface
+from shardway.plans.model import Direction, Plan, TargetFile
+from shardway.plans.streams import BLOCK_BYTES, build_streams
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -166,7 +166,8 @@ def _lay_out(
     sizes = [box.num_elements * dtypes[key].itemsize for _, key, box, _ in blobs]
     laid = _Laid()
     empty = extra_state()
-    name, at, literals = _file_name(0), len(empty), ((0, empty),)
+    literals: tuple[tuple[int, bytes], ...] = ((0, empty),)
+    name, at = _file_name(0), len(empty)
     laid.empty_object = DcpLocation(name, 0, len(empty))
     last = 0
     for number, (_, key, box, tile) in zip(assign_files(sizes, max_file_bytes), blobs, strict=True):

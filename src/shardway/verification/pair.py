@@ -1,0 +1,270 @@
+"""Verifying that two checkpoints, of any kinds, hold the same tensors bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from shardway.core.tiles import Side, Tile, identity
+from shardway.families.config import HFConfig
+from shardway.families.layout import Layout, layout_of
+from shardway.families.mapping import map_model
+from shardway.formats.huggingface import CONFIG_FILE, HuggingFaceCheckpoint
+from shardway.formats.record import read_record
+from shardway.plans.model import Direction, Plan
+from shardway.plans.streams import build_streams
+from shardway.run.engine import parse_workers
+from shardway.verification.compare import compare_streams
+from shardway.verification.opening import Checkpoint, in_whole_bytes, open_checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from shardway.core.tensors import Catalog, Shape, StoredTensor
+    from shardway.formats.record import ChunkDigests
+    from shardway.formats.torch_dist import TorchDistCheckpoint
+    from shardway.run.progress import Progress
+
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """One way in which two checkpoints differ.
+
+    Attributes:
+        tensor: Name of the tensor: as Hugging Face calls it where one side is of that kind.
+        kind: ``missing`` (from one side), ``shape``, ``dtype``, ``values`` or ``damaged`` (not what was recorded).
+        detail: What was found on either side.
+        first_index: For values: index of the first differing element in row-major order.
+        num_elements: For values: how many elements differ in their bits.
+        max_abs: For values: largest absolute difference; NaN where one of two differing values is NaN.
+    """
+
+    tensor: str
+    kind: str
+    detail: str
+    first_index: tuple[int, ...] | None = None
+    num_elements: int | None = None
+    max_abs: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """What a verification found.
+
+    Attributes:
+        a: The first checkpoint.
+        b: The second checkpoint.
+        equal: Whether every tensor is there on both sides, bit for bit the same.
+        num_tensors: Tensors that were compared.
+        num_bytes: Bytes of tensors that were compared.
+        num_digests: Chunks whose recorded digest was checked.
+        differences: Everything that differs, by tensor name.
+        seconds: Wall-clock time.
+    """
+
+    a: str
+    b: str
+    equal: bool
+    num_tensors: int
+    num_bytes: int
+    num_digests: int
+    differences: tuple[Difference, ...]
+    seconds: float
+
+    def to_dict(self) -> dict[str, object]:
+        """The report as JSON-ready data."""
+        return dataclasses.asdict(self)
+
+
+def verify(
+    a: str | Path,
+    b: str | Path,
+    *,
+    workers: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> VerifyReport:
+    """Compare two checkpoints, each a Hugging Face directory or a Megatron checkpoint, element by element.
+
+    Both are only read. Names, layouts and chunking are translated, training state is left aside, and digests that a
+    Megatron checkpoint records are checked on the way.
+
+    Args:
+        a: A Hugging Face directory, or the root or an iteration folder of a Megatron checkpoint.
+        b: Likewise.
+        workers: Threads; by default one per processor, at most 16.
+        progress: Called from the worker threads, one call at a time.
+
+    Returns:
+        What was compared, and every difference.
+
+    Raises:
+        ShardwayError: When one of them can't be read, or its architecture is unknown and has to be translated.
+    """
+    began = time.perf_counter()
+    num_workers = parse_workers(workers)
+    pair = _pair(open_checkpoint(Path(a)), open_checkpoint(Path(b)))
+    values, damaged = compare_streams(pair.plan, num_workers, progress, pair.digests)
+    differences = list(pair.differences)
+    differences += [
+        Difference(tensor=problem.tensor or "", kind="damaged", detail="; ".join(problem.facts)) for problem in damaged
+    ]
+    mistyped = {difference.tensor for difference in differences if difference.kind == "dtype"}
+    differences += [
+        Difference(
+            tensor=name,
+            kind="values",
+            detail="after casting one to the other's dtype" if name in mistyped else "their bits differ",
+            first_index=found.first_index,
+            num_elements=found.num_elements,
+            max_abs=found.max_abs,
+        )
+        for name, found in values.items()
+    ]
+    order = ["missing", "shape", "dtype", "values", "damaged"]
+    differences.sort(key=lambda difference: (order.index(difference.kind), difference.tensor))
+    return VerifyReport(
+        a=str(a),
+        b=str(b),
+        equal=not differences,
+        num_tensors=len({piece.tile.hf.tensor for stream in pair.plan.streams for piece in stream.pieces}),
+        num_bytes=pair.plan.num_bytes,
+        num_digests=len(pair.digests),
+        differences=tuple(differences),
+        seconds=time.perf_counter() - began,
+    )
+
+
+class _Pair(NamedTuple):
+    """Two checkpoints that are ready to be compared, and what is different already without reading them."""
+
+    plan: Plan
+    differences: list[Difference]
+    digests: ChunkDigests
+
+
+def _pair(a: Checkpoint, b: Checkpoint) -> _Pair:
+    if isinstance(a, HuggingFaceCheckpoint):
+        if isinstance(b, HuggingFaceCheckpoint):
+            return _same_kind(in_whole_bytes(a.catalog), in_whole_bytes(b.catalog), {}, {})
+        return _across(a, b, ("the first", "the second"))
+    if isinstance(b, HuggingFaceCheckpoint):
+        return _across(b, a, ("the second", "the first"))
+    return _same_kind(a.catalog, b.catalog, _digests(a), _digests(b))
+
+
+def _digests(checkpoint: TorchDistCheckpoint) -> ChunkDigests:
+    record = read_record(checkpoint.root)
+    return record.digests if record else {}
+
+
+def _across(hf: HuggingFaceCheckpoint, mcore: TorchDistCheckpoint, sides: tuple[str, str]) -> _Pair:
+    """A Hugging Face and a Megatron checkpoint, by the mapping of the former's architecture."""
+    config = HFConfig(hf.config, str(hf.catalog.root / CONFIG_FILE))
+    mapping = map_model(config, layout_of(mcore.catalog.tensors))
+    copies = {name: of for name, of in mapping.aliases.items() if name in hf.catalog.tensors}
+    mapping = mapping.with_copies(copies)
+    differences: list[Difference] = []
+    fit: list[set[str]] = []
+    for side, shapes, tensors in (
+        (sides[0], mapping.hf, hf.catalog.tensors),
+        (sides[1], mapping.mcore, mcore.catalog.tensors),
+    ):
+        ok = set()
+        for name, shape in shapes.items():
+            if name not in tensors:
+                differences.append(_missing(name, side))
+            elif tensors[name].shape != shape:
+                differences.append(_shape(name, f"the config gives {list(shape)}", f"{side} {_shown(tensors[name])}"))
+            else:
+                ok.add(name)
+        differences += [
+            Difference(tensor=name, kind="missing", detail=f"only in {side}: the config knows nothing of it")
+            for name in tensors
+            if name not in shapes and not mapping.ignored.fullmatch(name)
+        ]
+        fit.append(ok)
+    tiles = [tile for tile in mapping.tiles if tile.hf.tensor in fit[0] and tile.mcore.tensor in fit[1]]
+    return _compared(tiles, hf.catalog, mcore.catalog, differences, _digests(mcore))
+
+
+def _same_kind(a: Catalog, b: Catalog, a_digests: ChunkDigests, b_digests: ChunkDigests) -> _Pair:
+    """Two checkpoints under the same names, but for layers that one stacks and the other does not."""
+    if layout_of(a.tensors) is not layout_of(b.tensors):
+        if layout_of(b.tensors) is Layout.STACKED:
+            return _by_tiles(_unstack(b.tensors.values()), a, b, ("the first", "the second"), b_digests)
+        return _by_tiles(_unstack(a.tensors.values()), b, a, ("the second", "the first"), a_digests)
+    tiles = [identity(name, name, tensor.shape) for name, tensor in b.tensors.items()]
+    return _by_tiles(tiles, a, b, ("the first", "the second"), b_digests)
+
+
+def _unstack(tensors: Iterable[StoredTensor]) -> list[Tile]:
+    """Tiles between per-layer keys (as the Hugging Face side) and a stacked checkpoint (as the Megatron side)."""
+    tiles = []
+    for tensor in tensors:
+        prefix = "decoder.layers."
+        if not tensor.name.startswith(prefix):
+            tiles.append(identity(tensor.name, tensor.name, tensor.shape))
+            continue
+        shape = tensor.shape[1:]
+        along = tuple((axis, 1) for axis in range(len(shape)))
+        stacked = tuple((axis + 1, 1) for axis in range(len(shape)))
+        tiles += [
+            Tile(
+                shape,
+                Side(f"{prefix}{layer}.{tensor.name.removeprefix(prefix)}", (0,) * len(shape), along),
+                Side(tensor.name, (layer, *(0,) * len(shape)), stacked),
+            )
+            for layer in range(tensor.shape[0])
+        ]
+    return tiles
+
+
+def _by_tiles(tiles: list[Tile], hf: Catalog, mcore: Catalog, sides: tuple[str, str], digests: ChunkDigests) -> _Pair:
+    """Compare by tiles of which each is the whole of its tensor on the side called hf."""
+    differences: list[Difference] = []
+    known = {tile.hf.tensor: tile for tile in tiles}
+    fit = []
+    for name, tile in known.items():
+        tensor = hf.tensors.get(name)
+        if tensor is None:
+            differences.append(_missing(name, sides[0]))
+        elif tensor.shape != tile.sizes:
+            differences.append(_shape(name, f"{sides[1]} has {list(tile.sizes)}", f"{sides[0]} {_shown(tensor)}"))
+        else:
+            fit.append(tile)
+    differences += [_missing(name, sides[1]) for name in hf.tensors if name not in known]
+    return _compared(fit, hf, mcore, differences, digests)
+
+
+def _compared(
+    tiles: list[Tile], hf: Catalog, mcore: Catalog, differences: list[Difference], digests: ChunkDigests
+) -> _Pair:
+    mistyped = {}
+    for tile in tiles:
+        left, right = hf.tensors[tile.hf.tensor], mcore.tensors[tile.mcore.tensor]
+        if left.dtype is not right.dtype:
+            mistyped[left.name] = f"{left.dtype.name} against {right.dtype.name} in {right.name}"
+    differences += [Difference(tensor=name, kind="dtype", detail=detail) for name, detail in mistyped.items()]
+    wanted = {tile.mcore.tensor for tile in tiles}
+    carried = {name: tensor for name, tensor in mcore.tensors.items() if name in wanted}
+    streams = build_streams(tiles, hf.tensors, carried)
+    return _Pair(Plan(direction=Direction.COMPARE, hf=hf, mcore=mcore, streams=streams), differences, digests)
+
+
+def _missing(name: str, side: str) -> Difference:
+    return Difference(tensor=name, kind="missing", detail=f"not in {side}")
+
+
+def _shape(name: str, left: str, right: str) -> Difference:
+    return Difference(tensor=name, kind="shape", detail=f"{left}, {right}")
+
+
+def _shown(tensor: StoredTensor) -> str:
+    shape: Shape = tensor.shape
+    return f"has {list(shape)}"
