@@ -8,12 +8,10 @@ import errno
 import os
 import secrets
 import shutil
-from typing import TYPE_CHECKING, Self
+from pathlib import Path
+from typing import Self
 
 from shardway.run.files import failing, sync_directory
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -88,7 +86,7 @@ class Staging:
         """
         if self.sync:
             for directory, _, _ in os.walk(self.path):
-                sync_directory(self.path / directory)
+                sync_directory(Path(directory))
         with failing("publish", self.destination):
             if _is_filled(self.destination):
                 _exchange(self.path, self.destination)

@@ -1,0 +1,240 @@
+"""One function per command: calls the API and prints its report."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from shardway.cli.progress import progress_display
+from shardway.cli.text import human_bytes, human_count, table
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Mapping
+
+    from shardway.convert.planning import PlanReport
+    from shardway.convert.report import ConversionReport
+    from shardway.core.errors import Problem, ShardwayError
+    from shardway.verification.inspection import InspectReport
+    from shardway.verification.pair import Difference
+
+_MOST_PROBLEMS = 50
+_MOST_DIFFERENCES = 100
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Run the command that was chosen; return its exit status."""
+    return {
+        "import": _import,
+        "export": _export,
+        "verify": _verify,
+        "inspect": _inspect,
+        "plan": _plan,
+        "families": _families,
+    }[chosen.command](chosen)
+
+
+def print_error(error: ShardwayError, *, as_json: bool) -> None:
+    """Print an error's problems: as text on standard error, and as JSON on standard output where asked for."""
+    if as_json:
+        print(json.dumps({"error": [_problem(problem) for problem in error.problems]}, indent=2))
+    print(problem_text(error.problems), file=sys.stderr)
+
+
+def problem_text(problems: tuple[Problem, ...]) -> str:
+    """Problems as text, at most 50 of them, and how many more there are."""
+    lines = [str(problem) for problem in problems[:_MOST_PROBLEMS]]
+    if len(problems) > 1:
+        lines.insert(0, f"{len(problems)} problems:")
+    if len(problems) > _MOST_PROBLEMS:
+        lines.append(f"... and {len(problems) - _MOST_PROBLEMS} more (--json lists all)")
+    return "\n".join(lines)
+
+
+def _import(chosen: argparse.Namespace) -> int:
+    from shardway.convert.importing import import_hf
+
+    with progress_display(quiet=chosen.quiet) as progress:
+        report = import_hf(
+            chosen.source,
+            chosen.destination,
+            dtype=chosen.dtype,
+            layout=chosen.layout,
+            iteration=chosen.iteration,
+            release=chosen.release,
+            if_exists=chosen.if_exists,
+            workers=chosen.workers,
+            max_file_size=chosen.max_file_size,
+            fsync=not chosen.no_fsync,
+            verify=chosen.verify,
+            progress=progress,
+        )
+    _print_conversion("imported", report, chosen)
+    return 0
+
+
+def _export(chosen: argparse.Namespace) -> int:
+    from shardway.convert.exporting import export_hf
+
+    with progress_display(quiet=chosen.quiet) as progress:
+        report = export_hf(
+            chosen.source,
+            chosen.destination,
+            hf=chosen.hf,
+            dtype=chosen.dtype,
+            max_shard_size=chosen.max_shard_size,
+            if_exists=chosen.if_exists,
+            workers=chosen.workers,
+            fsync=not chosen.no_fsync,
+            verify=chosen.verify,
+            progress=progress,
+        )
+    _print_conversion("exported", report, chosen)
+    return 0
+
+
+def _print_conversion(verb: str, report: ConversionReport, chosen: argparse.Namespace) -> None:
+    if chosen.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    if chosen.json or chosen.quiet:
+        return
+    folder = f"/{report.iteration}" if verb == "imported" else ""
+    if report.reused:
+        print(f"reused {report.destination}{folder}: complete, and made from the same source")
+        return
+    rate = report.num_bytes / max(report.seconds, 1e-9)
+    print(
+        f"{verb} {report.architecture}: {report.num_tensors:,} tensors, "
+        f"{human_count(report.num_parameters)} parameters, {human_bytes(report.num_bytes)} in {report.seconds:.2f} s ({human_bytes(rate)}/s)"
+    )
+    checked = ", read back and compared" if report.verified else ""
+    files = "file" if report.num_files == 1 else "files"
+    print(f"  {report.destination}{folder}: {report.num_files} {files}, {report.layout} layout{checked}")
+    for note in report.notes:
+        print(f"  note: {note}")
+
+
+def _verify(chosen: argparse.Namespace) -> int:
+    from shardway.verification.pair import verify
+
+    with progress_display(quiet=chosen.quiet) as progress:
+        report = verify(chosen.a, chosen.b, workers=chosen.workers, progress=progress)
+    if chosen.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    elif report.equal and not chosen.quiet:
+        digests = f", {report.num_digests:,} recorded digests checked" if report.num_digests else ""
+        print(
+            f"equal: {report.num_tensors:,} tensors, {human_bytes(report.num_bytes)}, bit for bit{digests} "
+            f"({report.seconds:.2f} s)"
+        )
+    if not report.equal and not chosen.json:
+        shown = report.differences[:_MOST_DIFFERENCES]
+        print(table(("tensor", "what", "detail", "first at", "elements", "max abs"), [_row(each) for each in shown]))
+        if len(report.differences) > len(shown):
+            print(f"... and {len(report.differences) - len(shown)} more (--json lists all)")
+        print(f"different: {len(report.differences):,} differences in {report.num_tensors:,} tensors compared")
+    return 0 if report.equal else 1
+
+
+def _row(difference: Difference) -> tuple[str, ...]:
+    return (
+        difference.tensor,
+        difference.kind,
+        difference.detail,
+        "" if difference.first_index is None else str(list(difference.first_index)),
+        "" if difference.num_elements is None else f"{difference.num_elements:,}",
+        "" if difference.max_abs is None else f"{difference.max_abs:.6g}",
+    )
+
+
+def _inspect(chosen: argparse.Namespace) -> int:
+    from shardway.verification.inspection import inspect
+
+    with progress_display(quiet=chosen.quiet) as progress:
+        report = inspect(chosen.path, digest=chosen.digest, workers=chosen.workers, progress=progress)
+    if chosen.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    elif not chosen.quiet:
+        _print_inspection(report, tensors=chosen.tensors or chosen.digest)
+    return 0
+
+
+def _print_inspection(report: InspectReport, *, tensors: bool) -> None:
+    facts: dict[str, str | None] = {
+        "path": report.path,
+        "kind": report.kind,
+        "architecture": report.architecture,
+        "layout": report.layout,
+        "iteration": None if report.iteration is None else str(report.iteration),
+        "form": report.form,
+        "written by": report.written_by,
+        "parameters": f"{report.num_parameters:,} ({human_count(report.num_parameters)})",
+        "tensors": f"{len(report.tensors):,} ({', '.join(f'{n:,} {dtype}' for dtype, n in report.dtypes.items())})",
+        "tensor bytes": f"{report.num_bytes:,} ({human_bytes(report.num_bytes)})",
+        "other objects": f"{len(report.objects):,}" if report.objects else None,
+        "training state": f"{len(report.training_state):,} entries" if report.training_state else None,
+        "files": f"{len(report.files):,} ({human_bytes(sum(report.files.values()))})",
+    }
+    print("\n".join(f"{name:<15}{value}" for name, value in facts.items() if value is not None))
+    if tensors:
+        rows = [
+            (name, str(list(each.shape)), each.dtype, str(each.num_chunks), *([each.sha256] if each.sha256 else []))
+            for name, each in report.tensors.items()
+        ]
+        digest = ("sha256",) if rows and len(rows[0]) > 4 else ()
+        print()
+        print(table(("tensor", "shape", "dtype", "chunks", *digest), rows))
+
+
+def _plan(chosen: argparse.Namespace) -> int:
+    from shardway.convert.planning import plan
+
+    report = plan(
+        chosen.source,
+        hf=chosen.hf,
+        dtype=chosen.dtype,
+        layout=chosen.layout,
+        max_file_size=chosen.max_file_size,
+        max_shard_size=chosen.max_shard_size,
+    )
+    if chosen.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    elif report.feasible and not chosen.quiet:
+        _print_plan(report)
+    if not report.feasible and not chosen.json:
+        print(problem_text(report.problems), file=sys.stderr)
+    return 0 if report.feasible else 1
+
+
+def _print_plan(report: PlanReport) -> None:
+    print(f"{report.direction} of {report.source}: {report.architecture} ({report.family}), {report.layout} layout")
+    print(f"{report.num_tensors:,} tensors, {human_count(report.num_parameters)} parameters; every one claimed once")
+    for verb, files in (("reads", report.reads), ("writes", report.writes)):
+        print(f"{verb} {len(files)} files, {human_bytes(sum(files.values()))}")
+        print(table(("", "file", "bytes"), [("", name, f"{num_bytes:,}") for name, num_bytes in files.items()]))
+    print(f"disk needed: {human_bytes(report.disk_bytes)}")
+    for note in report.notes:
+        print(f"note: {note}")
+
+
+def _families(chosen: argparse.Namespace) -> int:
+    from shardway.families.registry import FAMILIES
+
+    rows = [(architecture, family.name) for family in FAMILIES for architecture in family.architectures]
+    if chosen.json:
+        print(json.dumps([{"architecture": architecture, "family": family} for architecture, family in rows], indent=2))
+    else:
+        print(table(("architecture", "family"), rows))
+    return 0
+
+
+def _problem(problem: Problem) -> Mapping[str, object]:
+    return {
+        "code": problem.code.value,
+        "what": problem.what,
+        "tensor": problem.tensor,
+        "file": None if problem.file is None else str(problem.file),
+        "facts": list(problem.facts),
+        "cure": problem.cure,
+    }

@@ -1,0 +1,170 @@
+"""The `shardway` command.
+
+argparse rather than a richer library: it starts in 8 ms where click takes 27 ms and typer more, and every command
+here is one call of the Python API. Each command imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from shardway import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_EPILOG = """\
+examples:
+  shardway import ./Llama-3.1-8B ./ckpt            Hugging Face -> Megatron, ./ckpt/iter_0000000
+  shardway export ./ckpt ./Llama-again             and back
+  shardway verify ./Llama-3.1-8B ./ckpt            bit for bit, any pair of checkpoints
+  shardway inspect ./ckpt --tensors
+
+exit status: 0 success, 1 an error or a difference (the message says what), 2 wrong usage, 130 interrupted
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    parser = build_parser()
+    chosen = parser.parse_args(arguments)
+    if chosen.command is None:
+        parser.print_help()
+        return 0
+    from shardway.cli import commands
+    from shardway.core.errors import ShardwayError
+
+    try:
+        return commands.run(chosen)
+    except ShardwayError as error:
+        commands.print_error(error, as_json=getattr(chosen, "json", False))
+        return 1
+    except KeyboardInterrupt:
+        print("shardway: interrupted; nothing was published", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="shardway",
+        description="Move model weights between Hugging Face (safetensors) and Megatron-Core (torch_dist) checkpoints.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"shardway {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+
+    command = _command(commands, "import", "Hugging Face directory -> Megatron checkpoint")
+    command.add_argument("source", metavar="SRC", help="directory with config.json and *.safetensors")
+    command.add_argument("destination", metavar="DST", help="root of the Megatron checkpoint to write")
+    _add_dtype(command)
+    _add_layout(command)
+    which = command.add_mutually_exclusive_group()
+    which.add_argument("--iteration", type=int, default=0, metavar="N", help="number of the iteration (default: 0)")
+    which.add_argument("--release", action="store_true", help="write release/ instead of an iteration")
+    _add_running(command)
+    command.add_argument("--max-file-size", default="4GiB", metavar="SIZE", help="largest .distcp file (default: 4GiB)")
+    _add_output(command)
+
+    command = _command(commands, "export", "Megatron checkpoint -> Hugging Face directory")
+    command.add_argument("source", metavar="SRC", help="root (the tracker decides) or an iteration folder")
+    command.add_argument("destination", metavar="DST", help="Hugging Face directory to write")
+    _add_hf(command)
+    _add_dtype(command)
+    _add_running(command)
+    _add_shard_size(command)
+    _add_output(command)
+
+    command = _command(commands, "verify", "compare two checkpoints of any kind bit for bit")
+    command.add_argument("a", metavar="A", help="Hugging Face directory, or Megatron root or iteration folder")
+    command.add_argument("b", metavar="B", help="likewise")
+    _add_workers(command)
+    _add_output(command)
+
+    command = _command(commands, "inspect", "what a checkpoint is and holds")
+    command.add_argument("path", metavar="PATH", help="Hugging Face directory, or Megatron root or iteration folder")
+    command.add_argument("--tensors", action="store_true", help="list every tensor")
+    command.add_argument("--digest", action="store_true", help="read every tensor and give its sha256")
+    _add_workers(command)
+    _add_output(command)
+
+    command = _command(commands, "plan", "what an import or export would read and write; writes nothing")
+    command.add_argument("source", metavar="SRC", help="Hugging Face directory, or Megatron root or iteration folder")
+    _add_hf(command)
+    _add_dtype(command)
+    _add_layout(command)
+    command.add_argument("--max-file-size", default="4GiB", metavar="SIZE", help="largest .distcp file (default: 4GiB)")
+    _add_shard_size(command)
+    _add_output(command)
+
+    command = _command(commands, "families", "the architectures that are supported")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str
+) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+
+
+def _add_dtype(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--dtype",
+        choices=("auto", "bf16", "fp16", "fp32"),
+        default="auto",
+        help="auto keeps every tensor's bits (default); the others cast floating-point tensors",
+    )
+
+
+def _add_layout(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--layout",
+        choices=("auto", "stacked", "per-layer"),
+        default="auto",
+        help="layers stacked on a leading axis, or one key each (default: what Megatron expects)",
+    )
+
+
+def _add_hf(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--hf", metavar="DIR", help="directory with config.json and tokenizer (default: hf/ inside the checkpoint)"
+    )
+
+
+def _add_shard_size(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="most tensor bytes in a safetensors file (default: 5GB)"
+    )
+
+
+def _add_running(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--if-exists",
+        choices=("error", "reuse", "replace"),
+        default="error",
+        help="what to do with a destination that is there already (default: error)",
+    )
+    _add_workers(command)
+    command.add_argument(
+        "--no-fsync", action="store_true", help="don't force data to the device before it is published"
+    )
+    command.add_argument("--verify", action="store_true", help="read the result back and compare before publishing")
+
+
+def _add_workers(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--workers", type=int, metavar="N", help="threads (default: one per processor, at most 16)")
+
+
+def _add_output(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    command.add_argument("--json", action="store_true", help="print the report as JSON on standard output")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
