@@ -29,7 +29,8 @@ class Staging:
     """
 
     def __init__(self, destination: Path, *, sync: bool) -> None:
-        self.destination = destination
+        # A link to a directory stays; what it points to is replaced, and the staging directory is on that filesystem.
+        self.destination = destination = destination.resolve()
         self.sync = sync
         self.path = destination.parent / f".{destination.name}.shardway-{os.getpid()}-{secrets.token_hex(4)}"
         self._created: list[Path] = []
