@@ -133,6 +133,9 @@ def megatron_fields(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
     }
+    if family == "mistral" and hf_config.get("sliding_window"):
+        # A query sees `sliding_window` keys there, its own included; here so many to its left and right.
+        fields["window_size"] = [hf_config["sliding_window"] - 1, 0]
     if rope["rope_type"] == "llama3":
         fixed: dict[str, object] = {
             "low_freq_factor": 1.0,
@@ -284,14 +287,29 @@ def _replace_cuda() -> None:
 
     import torch
     from megatron.core import tensor_parallel
+    from megatron.core.fusions import fused_softmax
+    from torch.overrides import TorchFunctionMode
 
     class NoGenerators:
         def fork(self, *_: object) -> contextlib.AbstractContextManager[None]:
             return contextlib.nullcontext()
 
+    class OnCpu(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if kwargs and "device" in kwargs:
+                kwargs = {**kwargs, "device": "cpu"}
+            return function(*args, **(kwargs or {}))
+
+    window_mask = fused_softmax.get_sliding_window_causal_mask
+
+    def window_mask_on_cpu(*args: Any) -> Any:
+        with OnCpu():
+            return window_mask(*args)
+
     mock.patch.object(torch.cuda, "current_device", return_value=torch.device("cpu")).start()
     mock.patch.object(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor).start()
     mock.patch.object(tensor_parallel, "get_cuda_rng_tracker", NoGenerators).start()
+    mock.patch.object(fused_softmax, "get_sliding_window_causal_mask", window_mask_on_cpu).start()
 
 
 def _load_and_run(job: Mapping[str, Any]) -> tuple[torch.Tensor | None, set[str], set[str]]:

@@ -107,6 +107,8 @@ MODELS: tuple[ModelSpec, ...] = (
         head_dim=8,
         sliding_window=None,
     ),
+    # A window shorter than the sequences of `tokens_for`.
+    _spec("mistral_window", "Mistral", num_hidden_layers=1, sliding_window=50),
     _spec(
         "llama_linear_rope",
         "Llama",
