@@ -174,22 +174,22 @@ class Mover:
         hasher = xxhash.xxh3_128()
         total = stream.num_bytes
         position = 0  # of the buffer's first byte in the chunk
-        waiting = iter(found)
-        run = next(waiting, None)
+        waiting = list(reversed(found))
+        live: list[Run] = []  # several at once where a tensor is written twice, as a tied head beside its embedding
         while position < total:
             take = min(BUFFER_BYTES, total - position)
             self._mcore.read_into(chunk.file, self._buffer[:take], chunk.offset + position)
             hasher.update(self._buffer[:take])
             past = position + take
-            while run is not None and run.chunk_offset < past:
+            while waiting and waiting[-1].chunk_offset < past:
+                live.append(waiting.pop())
+            for run in live:
                 low = max(run.chunk_offset, position)
                 high = min(run.chunk_offset + run.num_bytes, past)
                 self._hf.write_from(
                     run.file, self._buffer[low - position : high - position], run.offset + low - run.chunk_offset
                 )
-                if high < run.chunk_offset + run.num_bytes:
-                    break
-                run = next(waiting, None)
+            live = [run for run in live if run.chunk_offset + run.num_bytes > past]
             position = past
             self._advance(take)
         return str(hasher.hexdigest())
