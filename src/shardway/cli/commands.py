@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from shardway.cli.progress import progress_display
-from shardway.cli.text import human_bytes, human_count, table
+from shardway.cli.text import human_bytes, human_count, plural, table
 
 if TYPE_CHECKING:
     import argparse
@@ -103,14 +103,14 @@ def _print_conversion(verb: str, report: ConversionReport, chosen: argparse.Name
     if report.reused:
         print(f"reused {report.destination}{folder}: complete, and made from the same source")
         return
-    rate = report.num_bytes / max(report.seconds, 1e-9)
+    rate = human_bytes(report.num_bytes / max(report.seconds, 1e-9))
+    moved = f"{human_count(report.num_parameters)} parameters, {human_bytes(report.num_bytes)}"
     print(
-        f"{verb} {report.architecture}: {report.num_tensors:,} tensors, "
-        f"{human_count(report.num_parameters)} parameters, {human_bytes(report.num_bytes)} in {report.seconds:.2f} s ({human_bytes(rate)}/s)"
+        f"{verb} {report.architecture}: {plural(report.num_tensors, 'tensor')}, {moved} "
+        f"in {report.seconds:.2f} s ({rate}/s)"
     )
     checked = ", read back and compared" if report.verified else ""
-    files = "file" if report.num_files == 1 else "files"
-    print(f"  {report.destination}{folder}: {report.num_files} {files}, {report.layout} layout{checked}")
+    print(f"  {report.destination}{folder}: {plural(report.num_files, 'file')}, {report.layout} layout{checked}")
     for note in report.notes:
         print(f"  note: {note}")
 
@@ -125,7 +125,7 @@ def _verify(chosen: argparse.Namespace) -> int:
     elif report.equal and not chosen.quiet:
         digests = f", {report.num_digests:,} recorded digests checked" if report.num_digests else ""
         print(
-            f"equal: {report.num_tensors:,} tensors, {human_bytes(report.num_bytes)}, bit for bit{digests} "
+            f"equal: {plural(report.num_tensors, 'tensor')}, {human_bytes(report.num_bytes)}, bit for bit{digests} "
             f"({report.seconds:.2f} s)"
         )
     if not report.equal and not chosen.json:
@@ -133,7 +133,7 @@ def _verify(chosen: argparse.Namespace) -> int:
         print(table(("tensor", "what", "detail", "first at", "elements", "max abs"), [_row(each) for each in shown]))
         if len(report.differences) > len(shown):
             print(f"... and {len(report.differences) - len(shown)} more (--json lists all)")
-        print(f"different: {len(report.differences):,} differences in {report.num_tensors:,} tensors compared")
+        print(f"different: {plural(len(report.differences), 'difference')} in {report.num_tensors:,} tensors compared")
     return 0 if report.equal else 1
 
 
@@ -209,9 +209,11 @@ def _plan(chosen: argparse.Namespace) -> int:
 
 def _print_plan(report: PlanReport) -> None:
     print(f"{report.direction} of {report.source}: {report.architecture} ({report.family}), {report.layout} layout")
-    print(f"{report.num_tensors:,} tensors, {human_count(report.num_parameters)} parameters; every one claimed once")
+    print(
+        f"{plural(report.num_tensors, 'tensor')}, {human_count(report.num_parameters)} parameters; each claimed once"
+    )
     for verb, files in (("reads", report.reads), ("writes", report.writes)):
-        print(f"{verb} {len(files)} files, {human_bytes(sum(files.values()))}")
+        print(f"{verb} {plural(len(files), 'file')}, {human_bytes(sum(files.values()))}")
         print(table(("", "file", "bytes"), [("", name, f"{num_bytes:,}") for name, num_bytes in files.items()]))
     print(f"disk needed: {human_bytes(report.disk_bytes)}")
     for note in report.notes:

@@ -26,6 +26,11 @@ def human_count(count: float) -> str:
     return f"{count:.3g} T"
 
 
+def plural(count: int, noun: str) -> str:
+    """A count and its noun: ``1 file``, ``2,000 tensors``."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Rows in columns as wide as their widest cell; numbers are right-aligned; empty columns are left out."""
     columns = [[name, *(row[k] for row in rows)] for k, name in enumerate(header)]
