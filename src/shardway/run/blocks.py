@@ -55,7 +55,7 @@ def move_blocks(
     done = [0] * len(stream.chunks)
     for block in blocks_of(stream):
         if importing:
-            memory = read_pieces(plan, stream, block, hf, overflows)
+            memory = read_pieces(plan, stream, block, hf, stream.dtype, overflows)
             _write_chunks(stream, block, memory.reshape(block.size), mcore, hashers, done)
         else:
             memory = read_chunks(stream, block, mcore, hashers, done)
@@ -111,9 +111,9 @@ def _write_chunks(
         done[k] += len(view)
 
 
-def read_pieces(plan: Plan, stream: Stream, block: Box, hf: Files, overflows: dict[str, int]) -> Array:
-    """The elements of a block, row-major and of the stream's dtype, read from the Hugging Face side."""
-    memory = np.empty(block.num_elements, _array_type(stream.dtype))
+def read_pieces(plan: Plan, stream: Stream, block: Box, hf: Files, wanted: DType, overflows: dict[str, int]) -> Array:
+    """The elements of a block, row-major and cast to the `wanted` dtype, read from the Hugging Face side."""
+    memory = np.empty(block.num_elements, _array_type(wanted))
     for piece in stream.pieces:
         dtype = plan.hf.tensors[piece.tile.hf.tensor].dtype
         for part in restrict(piece.tile, block, mcore=True):
@@ -122,7 +122,7 @@ def read_pieces(plan: Plan, stream: Stream, block: Box, hf: Files, overflows: di
             offset = piece.hf.offset + grid.hf_offset * dtype.itemsize
             values, _ = gather(hf, piece.hf.file, offset, grid.sizes, grid.hf_strides, kind)
             target = grid_view(memory, grid.mcore_offset, grid.sizes, grid.mcore_strides)
-            target[...] = cast(values, dtype, stream.dtype, part.hf.tensor, overflows)
+            target[...] = cast(values, dtype, wanted, part.hf.tensor, overflows)
     return memory
 
 

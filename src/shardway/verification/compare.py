@@ -55,7 +55,8 @@ def compare_streams(
     """Read both sides of a plan and compare every element.
 
     Args:
-        plan: Any plan; it is only read. Where dtypes differ, the Hugging Face side is cast to the Megatron side's.
+        plan: Any plan; it is only read. Where dtypes differ, the side that an export reads is cast to the dtype of the
+            side that it writes; otherwise the Hugging Face side to the dtype of the Megatron side.
         num_workers: Threads.
         progress: Called as the comparison proceeds.
         expected: Digests that the chunks of the Megatron side must have.
@@ -163,17 +164,20 @@ class _Comparer:
         import numpy as np
         import xxhash
 
-        from shardway.run.blocks import blocks_of, read_chunks, read_pieces
+        from shardway.run.blocks import blocks_of, cast, read_chunks, read_pieces
         from shardway.run.mover import digest_mismatch
 
+        exporting = self._plan.direction is Direction.EXPORT
+        dtype = self._plan.hf.tensors[stream.pieces[0].tile.hf.tensor].dtype if exporting else stream.dtype
         hashers = [xxhash.xxh3_128() for _ in stream.chunks]
         done = [0] * len(stream.chunks)
         for block in blocks_of(stream):
-            ours = read_chunks(stream, block, self._mcore, hashers, done)
-            theirs = read_pieces(self._plan, stream, block, self._hf, {})
+            stored = read_chunks(stream, block, self._mcore, hashers, done)
+            ours = cast(stored, stream.dtype, dtype, stream.tensor, {})
+            theirs = read_pieces(self._plan, stream, block, self._hf, dtype, {})
             if not np.array_equal(ours, theirs):
-                self._locate(stream, block, ours, theirs)
-            self._advance(ours.nbytes)
+                self._locate(stream, block, ours, theirs, dtype)
+            self._advance(stored.nbytes)
         for chunk, hasher, num_bytes in zip(stream.chunks, hashers, done, strict=True):
             expected = self._expected.get((stream.tensor, chunk.start))
             digest = hasher.hexdigest()
@@ -181,7 +185,7 @@ class _Comparer:
                 error = digest_mismatch(stream.tensor, chunk, expected, digest, num_bytes)
                 self._findings.damage(error.problems)
 
-    def _locate(self, stream: Stream, block: Box, ours: Array, theirs: Array) -> None:
+    def _locate(self, stream: Stream, block: Box, ours: Array, theirs: Array, dtype: DType) -> None:
         import numpy as np
 
         from shardway.run.strided import grid_view
@@ -193,20 +197,24 @@ class _Comparer:
                 left, right = (grid_view(side, offset, part.sizes, tuple(strides)) for side in (ours, theirs))
                 differing = np.argwhere(left != right)
                 if len(differing):
-                    places = differing @ np.array(_index_matrix(part), dtype=np.int64) + np.array(part.hf.base)
+                    places = differing @ _index_matrix(part) + np.array(part.hf.base, dtype=np.int64)
                     first = min(map(tuple, places.tolist()))
                     found = ValueDifference(
                         num_elements=len(differing),
                         first_index=first,
-                        max_abs=_max_abs(left[left != right], right[left != right], stream.dtype),
+                        max_abs=_max_abs(left[left != right], right[left != right], dtype),
                     )
                     self._findings.differ(part.hf.tensor, found)
 
 
-def _index_matrix(tile: Tile) -> list[list[int]]:
+def _index_matrix(tile: Tile) -> Array:
     """For each axis of the grid, how a step along it changes the index in the Hugging Face tensor."""
-    rank = len(tile.hf.base)
-    return [[step if axis == on else 0 for axis in range(rank)] for on, step in tile.hf.steps]
+    import numpy as np
+
+    matrix = np.zeros((len(tile.sizes), len(tile.hf.base)), np.int64)
+    for k, (axis, step) in enumerate(tile.hf.steps):
+        matrix[k, axis] = step
+    return matrix
 
 
 def _max_abs(left: Array, right: Array, dtype: DType) -> float:
