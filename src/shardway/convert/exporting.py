@@ -21,7 +21,7 @@ from shardway.plans.exports import ExportOptions, plan_export
 from shardway.plans.imports import HF_FOLDER
 from shardway.plans.streams import build_streams
 from shardway.run.engine import parse_workers
-from shardway.run.execute import execute, preflight
+from shardway.run.execute import check_apart, execute, preflight
 from shardway.run.progress import Meter
 from shardway.run.publish import Staging
 from shardway.verification.compare import compare_plan, compare_streams
@@ -85,9 +85,10 @@ def export_hf(
     checkpoint = open_torch_dist(origin, wanted=is_model_state)
     job = prepare_export(checkpoint, None if hf is None else Path(hf), target, options)
     plan = job.plan
-    preflight(plan, checkpoint.root, target, job.companions)
+    check_apart(checkpoint.root, target)
     reuse = _check_destination(target, checkpoint.root, plan, exists, num_workers, progress)
     if not reuse:
+        preflight(plan, target, job.companions)
         meter = Meter("copy", plan.num_bytes, progress)
         with Staging(target, sync=fsync) as staging:
             execute(plan, staging, job.companions, num_workers, meter.advance, job.digests)

@@ -25,9 +25,9 @@ from shardway.formats.record import RECORD_FILE, Record, read_record
 from shardway.formats.torch_dist import TRACKER, iteration_folder, open_torch_dist, tracker_text
 from shardway.plans.imports import ImportOptions, plan_import
 from shardway.run.engine import parse_workers
-from shardway.run.execute import execute, preflight
+from shardway.run.execute import check_apart, execute, preflight
 from shardway.run.progress import Meter
-from shardway.run.publish import Staging, write_file
+from shardway.run.publish import Staging, is_leftover, write_file
 from shardway.verification.compare import check_copies, compare_plan
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def import_hf(
     folder = root / iteration_folder(options.iteration)
     plan = plan_import(checkpoint, mapping, folder, options)
     record = _record(checkpoint, mapping, plan, options)
-    preflight(plan, origin, root, origin)
+    check_apart(origin, root)
     reuse = _check_destination(root, folder, origin, options, record, exists)
 
     def report(*, reused: bool, notes: tuple[str, ...] = ()) -> ConversionReport:
@@ -130,6 +130,7 @@ def import_hf(
 
     if reuse:
         return report(reused=True)
+    preflight(plan, folder, origin)
     check_copies(plan, num_workers)
     meter = Meter("copy", plan.num_bytes, progress)
     with Staging(folder, sync=fsync) as staging:
@@ -202,7 +203,7 @@ def _check_destination(
         return False
     if not root.is_dir():
         raise in_the_way(root, "it is not a directory", "choose another destination")
-    present = sorted(path.name for path in root.iterdir())
+    present = sorted(path.name for path in root.iterdir() if not is_leftover(path.name))
     if not present:
         return False
     known = [name for name in present if name == TRACKER or name == "release" or name.startswith("iter_")]

@@ -119,6 +119,7 @@ def _match(
                 f"the config asks for {name}, which no file holds",
                 tensor=name,
                 facts=(f"expected shape {list(shape)}",),
+                cure="fetch or save the checkpoint again, or check that the config belongs to these weights",
             )
         elif tensor.shape != shape:
             facts = [f"expected {list(shape)}, got {list(tensor.shape)}"]
@@ -140,6 +141,7 @@ def _match(
             tensor=name,
             file=tensor.chunks[0].file if tensor.chunks else None,
             facts=(f"shape {list(tensor.shape)}, {tensor.dtype.name}",),
+            cure="nothing is dropped silently: check the architecture in the config, or remove the tensor",
         )
 
 

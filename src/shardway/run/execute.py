@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from typing import TYPE_CHECKING
 
-from shardway.core.errors import Code, Problems
+from shardway.core.errors import Code, Problem, Problems, ShardwayError
 from shardway.plans.model import Direction, Plan
 from shardway.run.clone import Cloner
 from shardway.run.engine import Engine, batches
-from shardway.run.files import Files
+from shardway.run.files import Files, failing
 from shardway.run.mover import Mover
 
 if TYPE_CHECKING:
@@ -22,33 +23,45 @@ if TYPE_CHECKING:
     from shardway.run.publish import Staging
 
 
-def preflight(plan: Plan, source: Path, destination: Path, companions: Path) -> None:
+def check_apart(source: Path, destination: Path) -> None:
+    """Check that a conversion would not write into what it reads.
+
+    Raises:
+        ShardwayError: `destination-inside-source`.
+    """
+    if destination.resolve().is_relative_to(source.resolve()):
+        raise ShardwayError(
+            Problem(
+                code=Code.DESTINATION_INSIDE_SOURCE,
+                what=f"the destination lies inside the source {source}",
+                file=destination,
+                cure="choose a destination outside of it",
+            )
+        )
+
+
+def preflight(plan: Plan, destination: Path, companions: Path) -> None:
     """Check what can be checked before a byte is written: that the destination can be made and has room.
 
     Args:
         plan: What is about to be executed.
-        source: Directory that is read.
-        destination: Directory that is to appear.
+        destination: Directory that is to appear, or to be replaced.
         companions: What the sources of `plan.copied_files` are relative to.
 
     Raises:
-        ShardwayError: `destination-inside-source`, `destination-unwritable`, `no-space`; all of them together.
+        ShardwayError: `destination-unwritable` or `no-space`.
     """
     problems = Problems()
-    if destination.resolve().is_relative_to(source.resolve()):
-        problems.add(
-            Code.DESTINATION_INSIDE_SOURCE,
-            f"the destination lies inside the source {source}",
-            file=destination,
-            cure="choose a destination outside of it",
-        )
-    existing = next(path for path in (destination.parent, *destination.parent.parents) if path.exists())
+    parent = destination.resolve().parent
+    with failing("look for the destination", destination, Code.DESTINATION_UNWRITABLE):
+        existing = next(path for path in (parent, *parent.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         problems.add(
             Code.DESTINATION_UNWRITABLE,
             f"nothing can be created in {existing}",
             file=destination,
             facts=("it is not a directory",) if not existing.is_dir() else ("no permission to write",),
+            cure="choose another destination",
         )
     else:
         needed = plan.disk_bytes + sum((companions / name).stat().st_size for _, name in plan.copied_files)
@@ -114,21 +127,28 @@ def execute(
             for target in plan.targets:
                 if not importing or target.name not in worked_on:
                     written.sync(target.name)
-    problems = Problems()
-    for mover in movers:
-        for tensor, count in mover.overflows.items():
-            problems.add(
-                Code.CAST_OVERFLOW,
-                f"{count} finite values of {tensor} became infinite in the cast",
-                tensor=tensor,
-                cure="choose a dtype with a wider range, such as bf16",
-            )
-    problems.raise_if_any()
+    _check_overflows(movers, plan)
     for name, contents in plan.small_files.items():
         staging.write(name, contents)
     for name, source in plan.copied_files:
         staging.copy(companions / source, name)
     return {key: digest for mover in movers for key, digest in mover.digests.items()}
+
+
+def _check_overflows(movers: list[Mover], plan: Plan) -> None:
+    overflows: Counter[str] = Counter()
+    for mover in movers:
+        overflows.update(mover.overflows)
+    problems = Problems()
+    for tensor, count in sorted(overflows.items()):
+        problems.add(
+            Code.CAST_OVERFLOW,
+            f"{count} finite values of {tensor} became infinite in the cast",
+            tensor=tensor,
+            file=plan.hf.tensors[tensor].chunks[0].file,
+            cure="choose a dtype with a wider range, such as bf16",
+        )
+    problems.raise_if_any()
 
 
 def _import_file(stream: Stream) -> str:

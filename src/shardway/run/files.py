@@ -106,15 +106,15 @@ class Files:
 
 
 @contextlib.contextmanager
-def failing(doing: str, file: Path) -> Iterator[None]:
-    """Turn an OSError into the project's error, saying what was being done to which file."""
+def failing(doing: str, file: Path, code: Code = Code.IO_FAILED) -> Iterator[None]:
+    """Turn an OSError into the project's error, saying what was done to which file (`no-space`: of itself)."""
     try:
         yield
     except OSError as error:
         full = error.errno in _FULL
         raise ShardwayError(
             Problem(
-                code=Code.NO_SPACE if full else Code.IO_FAILED,
+                code=Code.NO_SPACE if full else code,
                 what=f"could not {doing}: {error.strerror or error}",
                 file=file,
                 facts=(f"errno {errno.errorcode.get(error.errno or 0, error.errno)}",),

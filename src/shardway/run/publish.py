@@ -6,15 +6,18 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import secrets
 import shutil
 from pathlib import Path
 from typing import Self
 
+from shardway.core.errors import Code
 from shardway.run.files import failing, sync_directory
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_TEMPORARY = re.compile(r"\..+\.shardway-\d+-[0-9a-f]{8}(-old)?", re.DOTALL)
 
 
 class Staging:
@@ -41,10 +44,10 @@ class Staging:
         missing = missing[: next(k for k, path in enumerate(missing) if path.exists())]
         try:
             for path in reversed(missing):
-                with failing("create directory", path):
+                with failing("create directory", path, Code.DESTINATION_UNWRITABLE):
                     path.mkdir(exist_ok=True)
                 self._created.append(path)
-            with failing("create directory", self.path):
+            with failing("create directory", self.path, Code.DESTINATION_UNWRITABLE):
                 self.path.mkdir()
         except BaseException:
             self._remove()
@@ -106,6 +109,11 @@ class Staging:
         for path in reversed(self._created):
             with contextlib.suppress(OSError):
                 path.rmdir()
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a name is one that a run which was killed may have left beside its destination."""
+    return _TEMPORARY.fullmatch(name) is not None
 
 
 def write_file(path: Path, contents: bytes, *, sync: bool) -> None:
