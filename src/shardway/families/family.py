@@ -43,6 +43,7 @@ class Family:
         fields: Config values that carry over under another name.
         constants: Megatron config fields that hold for every model of the family.
         derived: Computes further Megatron config fields from the config.
+        caveats: What a Megatron model with the translated config would do otherwise, one sentence each.
         ignored: Templates of Hugging Face tensors that may be present and hold nothing that a config doesn't say.
     """
 
@@ -55,6 +56,7 @@ class Family:
     fields: tuple[Field, ...] = ()
     constants: Mapping[str, object]
     derived: Callable[[HFConfig], dict[str, object]]
+    caveats: Callable[[HFConfig], list[str]]
     ignored: tuple[str, ...] = ()
 
     def dims(self, config: HFConfig) -> dict[str, int]:

@@ -103,15 +103,30 @@ CONSTANTS = {
 IGNORED = ("model.layers.{i}.self_attn.rotary_emb.inv_freq",)
 
 
+NO_PROJ_BIAS = (
+    "megatron-core has one switch for the biases of linear_proj and the MLP; a model there has no linear_proj.bias and "
+    "will ignore the one in the checkpoint"
+)
+
+# What megatron-core's rotary embedding holds fixed for Llama 3 scaling (rotary_pos_embedding.py, 0.16.1).
+_LLAMA3_FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_ROPE_TYPES = ("default", "llama3", "linear", "yarn")
+
+
+def derived(config: HFConfig) -> dict[str, object]:
+    """Megatron config fields that take more than another name: rotary positions and attention windows."""
+    return rope(config) | window(config)
+
+
 def rope(config: HFConfig) -> dict[str, object]:
     """Rotary position fields of Megatron's config.
 
-    Source: Megatron Bridge `model_bridge.py` (0.7.0), megatron/core/models/common/embeddings/rotary_pos_embedding.py.
+    Source: Megatron Bridge `model_bridge.py` (0.7.0); megatron/core/models/gpt/gpt_model.py (0.16.1).
     """
     parameters = config.rope
     fields: dict[str, object] = {
         "rotary_base": parameters.get("rope_theta", 10000.0),
-        "rotary_percent": config.number("partial_rotary_factor", 1.0),
+        "rotary_percent": parameters.get("partial_rotary_factor", config.number("partial_rotary_factor", 1.0)),
     }
     match parameters["rope_type"]:
         case "llama3":
@@ -119,14 +134,57 @@ def rope(config: HFConfig) -> dict[str, object]:
         case "linear":
             fields["seq_len_interpolation_factor"] = parameters.get("factor", 1.0)
         case "yarn":
-            fields["position_embedding_type"] = "yarn"
-            names = {
-                "factor": "yarn_rotary_scaling_factor",
-                "original_max_position_embeddings": "yarn_original_max_position_embeddings",
-                "beta_fast": "yarn_beta_fast",
-                "beta_slow": "yarn_beta_slow",
-                "mscale": "yarn_mscale",
-                "mscale_all_dim": "yarn_mscale_all_dim",
+            fields |= {
+                "position_embedding_type": "yarn",
+                "yarn_rotary_scaling_factor": parameters.get("factor", 1.0),
+                "yarn_original_max_position_embeddings": parameters.get(
+                    "original_max_position_embeddings", config.count("max_position_embeddings")
+                ),
+                "yarn_beta_fast": parameters.get("beta_fast") or 32.0,
+                "yarn_beta_slow": parameters.get("beta_slow") or 1.0,
+                "yarn_mscale": parameters.get("mscale"),
+                "yarn_mscale_all_dim": parameters.get("mscale_all_dim"),
+                "yarn_correction_range_round_to_int": parameters.get("truncate", True),
             }
-            fields |= {mcore: parameters[hf] for hf, mcore in names.items() if hf in parameters}
     return fields
+
+
+def window(config: HFConfig) -> dict[str, object]:
+    """Sliding-window fields of Megatron's config.
+
+    transformers lets a token see `sliding_window` keys, itself included; Megatron counts those to its left.
+    """
+    size = config.get("sliding_window")
+    if size is None or not config.flag("use_sliding_window", default=True):
+        return {}
+    fields: dict[str, object] = {"window_size": [config.count("sliding_window") - 1, 0]}
+    num_layers = config.count("num_hidden_layers")
+    kinds = config.get("layer_types")
+    if isinstance(kinds, list):
+        windowed = [int(kind == "sliding_attention") for kind in kinds]
+    else:
+        first = config.get("max_window_layers")
+        windowed = [int(layer >= first) if isinstance(first, int) else 1 for layer in range(num_layers)]
+    if not any(windowed):
+        return {}
+    return fields if all(windowed) else fields | {"window_attn_skip_freq": windowed}
+
+
+def caveats(config: HFConfig) -> list[str]:
+    """What a Megatron model built from the translated config would do otherwise than transformers, one sentence each.
+
+    The weights are carried bit for bit all the same. Found by comparing logits with megatron-core 0.16.1.
+    """
+    found = []
+    parameters = config.rope
+    kind = parameters["rope_type"]
+    if kind not in _ROPE_TYPES:
+        found.append(f"megatron-core has no rotary embedding of type {kind!r}; a model there would use plain ones")
+    if kind == "llama3":
+        other = {key: parameters.get(key, fixed) for key, fixed in _LLAMA3_FIXED.items()}
+        if other != _LLAMA3_FIXED:
+            found.append(f"megatron-core holds {_LLAMA3_FIXED} fixed for llama3 rotary scaling; this model has {other}")
+    activation = config.get("hidden_act")
+    if activation not in (None, "silu", "swish"):
+        found.append(f"the translated config says silu, but the model's activation is {activation!r}")
+    return found

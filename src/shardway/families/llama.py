@@ -2,8 +2,26 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from shardway.families import gqa
 from shardway.families.family import Family, Field
+
+if TYPE_CHECKING:
+    from shardway.families.config import HFConfig
+
+
+def _caveats(config: HFConfig) -> list[str]:
+    found = gqa.caveats(config)
+    attention, mlp = (config.flag(key, default=False) for key in ("attention_bias", "mlp_bias"))
+    if attention and not mlp:
+        found.append(gqa.NO_PROJ_BIAS)
+    if mlp and not attention:
+        found.append(
+            "megatron-core's add_bias_linear adds biases to attention too, which this model lacks; its load will fail"
+        )
+    return found
+
 
 LLAMA = Family(
     name="llama",
@@ -16,6 +34,7 @@ LLAMA = Family(
         Field("mlp_bias", "add_bias_linear", default=False),
     ),
     constants=gqa.CONSTANTS,
-    derived=gqa.rope,
+    derived=gqa.derived,
+    caveats=_caveats,
     ignored=gqa.IGNORED,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from shardway.core.errors import Code, Problems
@@ -35,6 +35,7 @@ class ModelMapping:
         aliases: Hugging Face tensors that may be present as exact copies of another one, and which.
         ignored: Matches Hugging Face tensors that may be present and carry nothing.
         megatron_config: Fields of megatron-core's TransformerConfig and GPTModel.
+        caveats: What a Megatron model with that config would do otherwise than transformers, one sentence each.
     """
 
     family: str
@@ -47,6 +48,7 @@ class ModelMapping:
     aliases: Mapping[str, str]
     ignored: re.Pattern[str]
     megatron_config: Mapping[str, object]
+    caveats: tuple[str, ...]
 
     def with_copies(self, copies: Mapping[str, str]) -> ModelMapping:
         """The mapping that also writes each of `copies` (name: which tensor it copies) on the Hugging Face side."""
@@ -56,18 +58,7 @@ class ModelMapping:
                 tile._replace(hf=tile.hf._replace(tensor=name)) for name, of in copies.items() if of == tile.hf.tensor
             ]
         hf = dict(self.hf) | {name: self.hf[of] for name, of in copies.items()}
-        return ModelMapping(
-            family=self.family,
-            architecture=self.architecture,
-            layout=self.layout,
-            tiles=tuple(tiles),
-            hf=hf,
-            mcore=self.mcore,
-            extra_state=self.extra_state,
-            aliases=self.aliases,
-            ignored=self.ignored,
-            megatron_config=self.megatron_config,
-        )
+        return replace(self, tiles=tuple(tiles), hf=hf)
 
 
 def map_model(config: HFConfig, layout: Layout = Layout.STACKED) -> ModelMapping:
@@ -115,6 +106,7 @@ def map_model(config: HFConfig, layout: Layout = Layout.STACKED) -> ModelMapping
         aliases={"lm_head.weight": "model.embed_tokens.weight"} if flags["tied"] else {},
         ignored=re.compile(ignored or r"(?!)"),
         megatron_config=family.megatron_config(config),
+        caveats=tuple(family.caveats(config)),
     )
 
 

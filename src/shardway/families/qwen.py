@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from shardway.families import gqa
 from shardway.families.family import Family, Field
+
+if TYPE_CHECKING:
+    from shardway.families.config import HFConfig
+
+
+def _bias_caveats(config: HFConfig) -> list[str]:
+    found = gqa.caveats(config)
+    if config.flag("attention_bias", default=False):
+        found.append(gqa.NO_PROJ_BIAS)
+    return found
+
 
 QWEN2 = Family(
     name="qwen2",
@@ -12,7 +25,8 @@ QWEN2 = Family(
     flags={"qkv_bias": True, "proj_bias": False, "mlp_bias": False, "qk_norm": False},
     fields=gqa.FIELDS,
     constants=gqa.CONSTANTS | {"add_bias_linear": False, "add_qkv_bias": True},
-    derived=gqa.rope,
+    derived=gqa.derived,
+    caveats=gqa.caveats,
     ignored=gqa.IGNORED,
 )
 
@@ -24,6 +38,7 @@ QWEN3 = Family(
     head_dim=128,
     fields=(*gqa.FIELDS, Field("attention_bias", "add_qkv_bias", default=False)),
     constants=gqa.CONSTANTS | {"add_bias_linear": False, "qk_layernorm": True},
-    derived=gqa.rope,
+    derived=gqa.derived,
+    caveats=_bias_caveats,
     ignored=gqa.IGNORED,
 )

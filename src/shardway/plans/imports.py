@@ -200,7 +200,7 @@ def _file_name(number: int) -> str:
 def _notes(
     source: HuggingFaceCheckpoint, mapping: ModelMapping, wanted: DType | None, left_out: tuple[str, ...]
 ) -> list[str]:
-    notes = []
+    notes = list(mapping.caveats)
     found: dict[str, int] = {}
     for name in mapping.hf:
         dtype = source.catalog.tensors[name].dtype.name
