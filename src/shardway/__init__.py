@@ -6,9 +6,10 @@ says what a conversion would do. None of them needs torch, a GPU or a process gr
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+TYPE_CHECKING = False  # typing itself would take longer to import than everything here
 
 if TYPE_CHECKING:
     from shardway.convert.exporting import export_hf

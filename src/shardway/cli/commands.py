@@ -209,9 +209,7 @@ def _plan(chosen: argparse.Namespace) -> int:
 
 def _print_plan(report: PlanReport) -> None:
     print(f"{report.direction} of {report.source}: {report.architecture} ({report.family}), {report.layout} layout")
-    print(
-        f"{plural(report.num_tensors, 'tensor')}, {human_count(report.num_parameters)} parameters; each claimed once"
-    )
+    print(f"{plural(report.num_tensors, 'tensor')}, {human_count(report.num_parameters)} parameters; each claimed once")
     for verb, files in (("reads", report.reads), ("writes", report.writes)):
         print(f"{verb} {plural(len(files), 'file')}, {human_bytes(sum(files.values()))}")
         print(table(("", "file", "bytes"), [("", name, f"{num_bytes:,}") for name, num_bytes in files.items()]))

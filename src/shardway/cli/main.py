@@ -7,10 +7,12 @@ here is one call of the Python API. Each command imports what it needs when it r
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from typing import TYPE_CHECKING
 
 from shardway import __version__
+
+TYPE_CHECKING = False  # typing itself would take a tenth of the command's start-up
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="shardway",
         description="Move model weights between Hugging Face (safetensors) and Megatron-Core (torch_dist) checkpoints.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_formatter,
     )
     parser.add_argument("--version", action="version", version=f"shardway {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
@@ -110,7 +112,20 @@ def build_parser() -> argparse.ArgumentParser:
 def _command(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str
 ) -> argparse.ArgumentParser:
-    return commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    description = summary[0].upper() + summary[1:] + "."
+    return commands.add_parser(name, help=summary, description=description, formatter_class=_formatter)
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    """Help as wide as the terminal; asking for its width here keeps argparse from importing shutil for it."""
+    try:
+        columns = int(os.environ.get("COLUMNS", "")) or 80
+    except ValueError:
+        try:
+            columns = os.get_terminal_size(sys.__stdout__.fileno() if sys.__stdout__ else 1).columns
+        except (OSError, ValueError):
+            columns = 80
+    return argparse.RawDescriptionHelpFormatter(prog, width=max(40, columns - 2))
 
 
 def _add_dtype(command: argparse.ArgumentParser) -> None:
