@@ -6,7 +6,6 @@ says what a conversion would do. None of them needs torch, a GPU or a process gr
 
 from __future__ import annotations
 
-
 __version__ = "0.1.0"
 
 TYPE_CHECKING = False  # typing itself would take longer to import than everything here
