@@ -88,14 +88,7 @@ def write_shards(
     synchronise({state.tensor_of(shard).device for shard in shards})
     files = _lay_out(state, shards, objects, rank, num_files, first_file)
     run = _Run(state, folder, on_progress, fsync=fsync)
-    threads = [threading.Thread(target=run.attempt, args=(file,), name=file.name) for file in files[1:]]
-    for thread in threads:
-        thread.start()
-    for file in files[:1]:
-        run.attempt(file)
-    for thread in threads:
-        thread.join()
-    run.raise_if_failed()
+    run.write(files)
     return _result(rank, files, shards, objects, state, run.digests)
 
 
@@ -149,22 +142,35 @@ class _Run:
         self._errors: list[BaseException] = []
         self.digests: dict[Shard, str] = {}
 
-    def attempt(self, file: _File) -> None:
-        """Write one file; errors are kept for `raise_if_failed`."""
+    def write(self, files: Sequence[_File]) -> None:
+        """Write all files, one in this thread; raise what any thread raised, the project's own errors as one."""
+        threads = [threading.Thread(target=self._attempt, args=(file,), name=file.name) for file in files[1:]]
         try:
-            self._write(file)
-        except BaseException as error:  # noqa: BLE001 - raised again by raise_if_failed
-            self._errors.append(error)
+            for thread in threads:
+                thread.start()
+            for file in files[:1]:
+                self._attempt(file)
+            for thread in threads:
+                thread.join()
+        except BaseException:
             self._stop.set()
-
-    def raise_if_failed(self) -> None:
-        """Raise what any thread raised; several of the project's own errors are raised as one."""
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+            raise
         if not self._errors:
             return
         known = [error for error in self._errors if isinstance(error, ShardwayError)]
         if len(known) < len(self._errors):
             raise next(error for error in self._errors if not isinstance(error, ShardwayError))
         raise ShardwayError(dict.fromkeys(problem for error in known for problem in error.problems)) from known[0]
+
+    def _attempt(self, file: _File) -> None:
+        try:
+            self._write(file)
+        except BaseException as error:  # noqa: BLE001 - raised again by write()
+            self._errors.append(error)
+            self._stop.set()
 
     def _write(self, file: _File) -> None:
         path = self._folder / file.name
