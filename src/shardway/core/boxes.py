@@ -76,13 +76,9 @@ def _fault(boxes: list[Box], axis: int, shape: Shape, prefix: tuple[tuple[int, i
     for box in boxes:
         by_interval.setdefault((box.start[axis], box.size[axis]), []).append(box)
     intervals = sorted(by_interval)
-    at = 0
-    for start, size in intervals:
-        if start != at:
-            break
-        at = start + size
-    if at == shape[axis]:  # the usual case: the intervals tile the axis side by side
-        for interval in intervals:
+    ends = [start + size for start, size in intervals]
+    if [start for start, _ in intervals] == [0, *ends[:-1]] and ends[-1] == shape[axis]:
+        for interval in intervals:  # the usual case: the intervals lie side by side
             fault = _fault(by_interval[interval], axis + 1, shape, (*prefix, interval))
             if fault:
                 return fault
