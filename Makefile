@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 # Test processes. Tests that start four real ranks leave little to share, so that more than two gain nothing on two cores.
 JOBS   ?= 2
-PIP    := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
+PIP    := $(VENV)/bin/python -m pip --quiet --quiet --disable-pip-version-check
 RUN    := $(VENV)/bin/
 
 # A target of this name is a step that was done with this version of the files it depends on.
@@ -34,7 +34,7 @@ types: $(TOOLS) ## Static types
 	@$(RUN)mypy
 
 contracts: $(TOOLS) ## Which package may import which
-	@PYTHONPATH=src $(RUN)lint-imports
+	@PYTHONPATH=src $(RUN)lint-imports --no-logo
 
 unit: $(TOOLS) ## Tests (ARGS="-k name -x" goes to pytest)
 	@$(RUN)python -m pytest -n $(JOBS) $(ARGS)
