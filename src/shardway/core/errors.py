@@ -58,6 +58,12 @@ class Code(enum.StrEnum):
     DESTINATION_UNWRITABLE = "destination-unwritable"
     DESTINATION_INSIDE_SOURCE = "destination-inside-source"
     NO_SPACE = "no-space"
+    # Live saves
+    SAVE_DISAGREES = "save-disagrees"
+    SAVE_INCOMPLETE = "save-incomplete"
+    SAVE_RANK_FAILED = "save-rank-failed"
+    SAVE_RANK_LOST = "save-rank-lost"
+    STORE_FAILED = "store-failed"
     # While running
     IO_FAILED = "io-failed"
     SOURCE_CHANGED = "source-changed"
