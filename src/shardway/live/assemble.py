@@ -87,6 +87,10 @@ def assemble(
             if key in places:
                 problems.add(Code.TENSOR_DUPLICATE, f"object {key} was written twice", tensor=key)
             places[key] = location
+    for key, location in (*places.items(), *((item.shard.key, item.location) for k in written for item in written[k])):
+        if location.offset + location.length > files.get(location.file, 0):
+            what = f"{key} lies outside of the file that it was written to"
+            problems.add(Code.COVERAGE, what, tensor=key, file=location.file)
     described = {key: _describe(key, items, problems) for key, items in sorted(written.items())}
     _compare(described, tensors, "tensor", problems)
     _compare(places, objects, "object", problems)
