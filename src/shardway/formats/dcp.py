@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _PLANNER = "torch.distributed.checkpoint.planner"
 
 
-_MAX_KEY_LENGTH = 4096
+_MAX_NAME_LENGTH = 4096
 _MAX_PROBLEMS = 32  # a damaged file of 50,000 chunks would have as many to tell of
 
 
@@ -122,8 +122,9 @@ def _read(data: bytes, file: str) -> DcpMetadata:
     for key, entry in entries.items():
         if len(problems) >= _MAX_PROBLEMS:
             break
-        if type(key) is not str or len(key) > _MAX_KEY_LENGTH or not key.isprintable():
-            problems.add(Code.METADATA_INVALID, f"{key!a:.200} is no name of a tensor", file=file)
+        if not _is_name(key):
+            shown = f"{key[:200]!a}" if type(key) is str else f"a {type(key).__name__}"
+            problems.add(Code.METADATA_INVALID, f"{shown} is no name of a tensor", file=file)
         elif _is(entry, "TensorStorageMetadata"):
             tensor = _tensor(key, entry.state, locations, file, problems)
             if tensor is not None:
@@ -165,8 +166,9 @@ def _locations(
         if type(name) is not str or not _is_count(offset) or not _is_count(length):
             problems.add(Code.METADATA_INVALID, f"{key[0]} has no proper place", tensor=key[0], file=file)
             continue
-        if state.get("transform_descriptors"):
-            _report_transforms(key[0], state["transform_descriptors"], file, problems)
+        transforms = state.get("transform_descriptors")
+        if transforms:
+            _report_transforms(key[0], transforms if type(transforms) is list else [], file, problems)
             continue
         if name not in safe_names:
             if not is_plain_path(name):
@@ -184,7 +186,7 @@ def _index(index: object) -> tuple[str, Shape | None] | None:
     if type(state) is not dict:
         return None
     key, start = state.get("fqn"), state.get("offset")
-    return (key, start) if type(key) is str and (start is None or is_shape(start)) else None
+    return (key, start) if _is_name(key) and (start is None or is_shape(start)) else None
 
 
 def _tensor(
@@ -252,13 +254,18 @@ def is_shape(value: object) -> TypeGuard[Shape]:
     return type(value) is tuple and len(value) <= 64 and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
+def _is_name(value: object) -> TypeGuard[str]:
+    """Whether `value` can be a tensor's name: what cannot be printed is none, and could fool a terminal."""
+    return type(value) is str and len(value) <= _MAX_NAME_LENGTH and value.isprintable()
+
+
 def _is_count(value: object) -> TypeGuard[int]:
     return type(value) is int and 0 <= value < 2**63
 
 
 def is_plain_path(name: str) -> bool:
     """Whether a file name from a checkpoint stays inside the checkpoint's folder, on every platform."""
-    if "\\" in name or "\0" in name or ":" in name:
+    if "\\" in name or ":" in name or not name.isprintable() or len(name) > _MAX_NAME_LENGTH:
         return False
     return all(part not in {"", ".", ".."} for part in name.split("/"))
 
@@ -273,10 +280,11 @@ def _report_escape(key: str, name: str, file: str, problems: Problems) -> None:
     )
 
 
-def _report_transforms(key: str, transforms: object, file: str, problems: Problems) -> None:
+def _report_transforms(key: str, transforms: list[object], file: str, problems: Problems) -> None:
+    shown = ", ".join(item[:40] for item in transforms if type(item) is str and item.isprintable())[:200]
     problems.add(
         Code.BACKEND_UNSUPPORTED,
-        f"{key} is stored transformed ({transforms!r:.100})",
+        f"{key} is stored transformed ({shown})",
         tensor=key,
         file=file,
         facts=("shardway moves bytes as they are: it reads no compressed or encrypted DCP streams",),

@@ -220,6 +220,8 @@ def _check_backend(root: Path, files: Mapping[str, int]) -> None:
         try:
             config = json.loads(read_small_file(path, _MAX_JSON_BYTES))
             backend = config["sharded_backend"]
+            if not isinstance(backend, str):
+                raise TypeError
         except (ValueError, TypeError, KeyError, RecursionError):
             what = "metadata.json does not say which backend wrote the checkpoint"
             raise ShardwayError(Problem(code=Code.METADATA_INVALID, what=what, file=path, cure=_CURE_COPY)) from None

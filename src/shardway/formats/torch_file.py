@@ -200,7 +200,7 @@ def storage_offset(
         raise ZipInvalidError(f"it has no entry {name.decode('utf-8', 'replace')!r}")
     if entry.size != view.storage_bytes:
         raise ZipInvalidError(
-            f"storage {view.storage.key} should have {view.storage_bytes:,} bytes, has {entry.size:,}"
+            f"storage {view.storage.key[:80]!a} should have {view.storage_bytes:,} bytes, has {entry.size:,}"
         )
     if view.start_bytes + view.num_bytes > entry.size:
         raise ZipInvalidError(

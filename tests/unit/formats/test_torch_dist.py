@@ -305,7 +305,7 @@ def test_missing_small_files(written: Written) -> None:
     [
         ('{"sharded_backend": "zarr", "sharded_backend_version": 1}', Code.BACKEND_UNSUPPORTED),
         ('{"sharded_backend": "fsdp_dtensor"}', Code.BACKEND_UNSUPPORTED),
-        ('{"sharded_backend": ["x"]}', Code.BACKEND_UNSUPPORTED),
+        ('{"sharded_backend": ["x"]}', Code.METADATA_INVALID),
         ("{}", Code.METADATA_INVALID),
         ("[]", Code.METADATA_INVALID),
         ("", Code.METADATA_INVALID),
