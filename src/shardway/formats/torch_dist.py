@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
-    from shardway.formats.dcp import DcpLocation
+    from shardway.core.dtypes import DType
+    from shardway.core.tensors import Shape
+    from shardway.formats.dcp import DcpChunk, DcpLocation
 
 __all__ = [
     "COMMON_STATE",
@@ -298,56 +300,54 @@ def _locations(metadata: DcpMetadata) -> Iterable[tuple[str, DcpLocation]]:
 def _find_tensors(
     root: Path, metadata: DcpMetadata, present: set[str], wanted: Callable[[str], bool] | None, problems: Problems
 ) -> dict[str, StoredTensor]:
+    """The wanted tensors; incomplete if problems are reported."""
     keys = [key for key in metadata.tensors if wanted is None or wanted(key)]
-    descriptors: dict[str, int] = {}
-    tensors: dict[str, StoredTensor] = {}
-    try:
-        for name in sorted({chunk.location.file for key in keys for chunk in metadata.tensors[key].chunks} & present):
-            descriptors[name] = os.open(root / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        for key in keys:
-            if len(problems) >= _MAX_PROBLEMS:
-                break
-            _find_tensor(root, key, metadata, descriptors, tensors, problems)
-    finally:
-        for descriptor in descriptors.values():
-            os.close(descriptor)
+    places: dict[str, list[tuple[int, str, DcpChunk]]] = {}
+    for key in keys:
+        for chunk in metadata.tensors[key].chunks:
+            places.setdefault(chunk.location.file, []).append((chunk.location.offset, key, chunk))
+    found: dict[tuple[str, Shape], Chunk] = {}
+    # One file after the other: a job of thousands of ranks leaves more files than a process may hold open.
+    for name in sorted(present & places.keys()):
+        fd = os.open(root / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            for _, key, chunk in sorted(places[name]):
+                if len(problems) >= _MAX_PROBLEMS:
+                    break
+                offset = _find_chunk(fd, str(root / name), key, metadata.tensors[key].dtype, chunk, problems)
+                found[key, chunk.start] = Chunk(chunk.start, chunk.size, name, offset)
+        finally:
+            os.close(fd)
+    if len(problems):
+        return {}
+    tensors = {}
+    for key in keys:
+        dtype, shape, chunks = metadata.tensors[key]
+        tensors[key] = StoredTensor(key, dtype, shape, tuple(found[key, chunk.start] for chunk in chunks))
     return tensors
 
 
-def _find_tensor(
-    root: Path,
-    key: str,
-    metadata: DcpMetadata,
-    descriptors: Mapping[str, int],
-    tensors: dict[str, StoredTensor],
-    problems: Problems,
-) -> None:
-    tensor = metadata.tensors[key]
-    chunks = []
-    for start, size, (name, offset, length) in tensor.chunks:
-        descriptor = descriptors.get(name)
-        if descriptor is None:  # reported with the file
-            return
-        try:
-            blob = read_tensor_blob(descriptor, offset, length, file=name, tensor=key)
-        except ShardwayError as error:
-            problems.extend(error.problems)
-            return
-        if blob.dtype != tensor.dtype or blob.shape != size:
-            problems.add(
-                Code.SHAPE_MISMATCH,
-                f"a chunk of {key} is not what .metadata says",
-                tensor=key,
-                file=root / name,
-                facts=(
-                    f"at {list(start)} expected {tensor.dtype.name} of shape {list(size)}",
-                    f"found {blob.dtype.name} of shape {list(blob.shape)}",
-                ),
-                cure="the files are of different saves: copy the checkpoint again",
-            )
-            return
-        chunks.append(Chunk(start, size, name, blob.data_offset))
-    tensors[key] = StoredTensor(key, tensor.dtype, tensor.shape, tuple(chunks))
+def _find_chunk(fd: int, file: str, key: str, dtype: DType, chunk: DcpChunk, problems: Problems) -> int:
+    """Byte offset in the file of a chunk's first element, or 0 and a problem."""
+    _, offset, length = chunk.location
+    try:
+        blob = read_tensor_blob(fd, offset, length, file=file, tensor=key)
+    except ShardwayError as error:
+        problems.extend(error.problems)
+        return 0
+    if blob.dtype != dtype or blob.shape != chunk.size:
+        problems.add(
+            Code.SHAPE_MISMATCH,
+            f"a chunk of {key} is not what .metadata says",
+            tensor=key,
+            file=file,
+            facts=(
+                f"at {list(chunk.start)} expected {dtype.name} of shape {list(chunk.size)}",
+                f"found {blob.dtype.name} of shape {list(blob.shape)}",
+            ),
+            cure="the files are of different saves: copy the checkpoint again",
+        )
+    return blob.data_offset
 
 
 def _read_common(root: Path, metadata: DcpMetadata) -> tuple[dict[str, object], Literal["common.pt", "common_state"]]:
