@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.core.boxes import Box, CoverFault, exact_cover, row_major_strides
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from shardway.core.tensors import Shape
+
+
+# For each axis of a grid, the tensor axis that it walks along and the distance per step.
+Steps = tuple[tuple[int, int], ...]
 
 
 class Side(NamedTuple):
@@ -31,7 +36,7 @@ class Side(NamedTuple):
 
     tensor: str
     base: Shape
-    steps: tuple[tuple[int, int], ...]
+    steps: Steps
 
 
 class Tile(NamedTuple):
@@ -92,6 +97,8 @@ def restrict(tile: Tile, box: Box, *, mcore: bool) -> list[Tile]:
         Tiles that are disjoint and together hold exactly the elements in the box; empty when none do.
     """
     side = tile.mcore if mcore else tile.hf
+    if side.base == box.start and reach(tile.sizes, side.steps, len(box.size)) == box.size:
+        return [tile]
     choices: list[list[tuple[tuple[int, int, int], ...]]] = []
     for axis, (low, size) in enumerate(zip(box.start, box.size, strict=True)):
         walks = sorted(
@@ -115,6 +122,15 @@ def restrict(tile: Tile, box: Box, *, mcore: bool) -> list[Tile]:
             origin[k], sizes[k] = begin, count
         parts.append(Tile(tuple(sizes), _moved(tile.hf, origin), _moved(tile.mcore, origin)))
     return parts
+
+
+@lru_cache(maxsize=4096)
+def reach(sizes: Shape, steps: Steps, rank: int) -> Shape:
+    """Extent on each axis of a tensor of `rank` axes of the smallest box that holds a grid."""
+    extent = [1] * rank
+    for size, (axis, step) in zip(sizes, steps, strict=True):
+        extent[axis] += (size - 1) * step
+    return tuple(extent)
 
 
 def linearise(tile: Tile, hf_box: Box, mcore_box: Box) -> Strided:
@@ -181,7 +197,39 @@ def cover_fault(shape: Shape, tiles: Sequence[Tile], *, mcore: bool) -> CoverFau
     Returns:
         None when every element has exactly one tile, else a box of the tensor that has none or several.
     """
-    patterns = [_pattern(tile.sizes, tile.mcore if mcore else tile.hf, len(shape)) for tile in tiles]
+    sides = ((tile.sizes, tile.mcore if mcore else tile.hf) for tile in tiles)
+    return _fault(shape, [(sizes, side.base, side.steps) for sizes, side in sides])
+
+
+# A tile as one of its tensors sees it: sizes, base, steps.
+_Grid = tuple["Shape", "Shape", Steps]
+
+
+def _fault(shape: Shape, grids: Sequence[_Grid]) -> CoverFault | None:
+    """The fault of a cover; what is the same in every layer or expert is proven once."""
+    if len(shape) < 2 or len(grids) < 2 or any(axis == 0 for _, _, steps in grids for axis, _ in steps):
+        return _fault_of(shape, tuple(grids))
+    slices: dict[int, list[_Grid]] = {}
+    for sizes, base, steps in grids:
+        slices.setdefault(base[0], []).append((sizes, base[1:], _inner(steps)))
+    for index in range(shape[0]):
+        fault = _fault(shape[1:], slices.pop(index, ()))
+        if fault:
+            start, size = fault.box
+            return CoverFault(Box((index, *start), (1, *size)), fault.times)
+    for index in slices:  # a grid outside the shape
+        return CoverFault(Box((index,) + (0,) * (len(shape) - 1), (1, *shape[1:])), -1)
+    return None
+
+
+@lru_cache(maxsize=256)
+def _inner(steps: Steps) -> Steps:
+    return tuple((axis - 1, step) for axis, step in steps)
+
+
+@lru_cache(maxsize=256)
+def _fault_of(shape: Shape, grids: tuple[_Grid, ...]) -> CoverFault | None:
+    patterns = [_pattern(grid, len(shape)) for grid in grids]
     splits = [_split_of(axis, extent, patterns) for axis, extent in enumerate(shape)]
     view = tuple(n for extent, split in zip(shape, splits, strict=True) for n in ((extent // split), split))
     boxes: list[Box] = []
@@ -207,13 +255,14 @@ def cover_fault(shape: Shape, tiles: Sequence[Tile], *, mcore: bool) -> CoverFau
 _Walk = tuple[int, tuple[tuple[int, int], ...]]
 
 
-def _pattern(sizes: Shape, side: Side, rank: int) -> list[_Walk]:
+def _pattern(grid: _Grid, rank: int) -> list[_Walk]:
+    sizes, base, steps = grid
     walks: list[list[tuple[int, int]]] = [[] for _ in range(rank)]
-    for count, (axis, step) in zip(sizes, side.steps, strict=True):
+    for count, (axis, step) in zip(sizes, steps, strict=True):
         if count != 1:
             walks[axis].append((count, step))
     pattern: list[_Walk] = []
-    for first, walk in zip(side.base, walks, strict=True):
+    for first, walk in zip(base, walks, strict=True):
         walk.sort(key=_rising_step)
         merged: list[tuple[int, int]] = [(1, 1)]
         for count, step in walk:

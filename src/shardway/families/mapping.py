@@ -81,15 +81,19 @@ def map_model(config: HFConfig, layout: Layout = Layout.STACKED) -> ModelMapping
     extra_state: list[str] = []
 
     rules = [(rule, expand(rule.source, dims)) for rule in family.rules if rule.applies(flags)]
+    if stacked:
+        rules = [(rule, parts.stack(num_layers) if rule.per_layer else parts) for rule, parts in rules]
     first_layer = next(k for k, (rule, _) in enumerate(rules) if rule.per_layer)
     ordered: list[tuple[Rule, Expanded, int | None]] = [(rule, parts, None) for rule, parts in rules[:first_layer]]
     ordered += [(rule, parts, i) for i in range(num_layers) for rule, parts in rules if rule.per_layer]
     ordered += [(rule, parts, None) for rule, parts in rules[first_layer:] if not rule.per_layer]
+    keys: dict[str, str] = {}  # one string for all layers that share a key
     for rule, parts, layer in ordered:
         key = layout.key(rule.mcore, layer)
-        mcore[key] = (num_layers, *parts.mcore_shape) if stacked and layer is not None else parts.mcore_shape
-        for name, shape, tile in parts.tiles(key, layer, stacked=stacked):
-            hf[name] = shape
+        key = keys.setdefault(key, key)
+        mcore[key] = parts.mcore_shape
+        for shape, tile in parts.tiles(key, layer):
+            hf[tile.hf.tensor] = shape
             tiles.append(tile)
         if has_extra_state(rule.mcore):
             extra_state.append(layout.extra_state_key(rule.mcore, layer, num_layers))

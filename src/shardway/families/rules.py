@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.core.tiles import Side, Tile
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from shardway.core.tensors import Shape
+    from shardway.core.tiles import Steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,34 +86,52 @@ def extent(expression: str, dims: Mapping[str, int]) -> int:
     return math.prod(dims[factor] if factor in dims else int(factor) for factor in expression.split("*"))
 
 
+class Grid(NamedTuple):
+    """Where a part of a mosaic lies: the name and shape of its own tensor, and the tile to be, without its names."""
+
+    hf: str
+    hf_shape: Shape
+    sizes: Shape
+    hf_base: Shape
+    hf_steps: Steps
+    mcore_base: Shape
+    mcore_steps: Steps
+
+
 @dataclass(frozen=True, slots=True)
 class Expanded:
     """A mosaic with its extents known: shapes of the tensors on both sides and where each part lies.
 
     Attributes:
-        mcore_shape: Shape of the Megatron tensor, without a layer axis.
-        parts: For each part its name template, its tensor's shape, and the grid: (sizes, hf steps, mcore base, mcore
-            steps).
+        mcore_shape: Shape of the Megatron tensor.
+        grids: One for each part.
+        stacked: Whether the Megatron tensor has a leading axis of layers.
     """
 
     mcore_shape: Shape
-    parts: tuple[tuple[str, Shape, Shape, tuple[tuple[int, int], ...], Shape, tuple[tuple[int, int], ...]], ...]
+    grids: tuple[Grid, ...]
+    stacked: bool = False
 
-    def tiles(self, mcore: str, layer: int | None, *, stacked: bool) -> list[tuple[str, Shape, Tile]]:
-        """The tiles of one tensor, each with its Hugging Face tensor's name and shape.
+    def stack(self, num_layers: int) -> Expanded:
+        """The same with a leading axis of layers on the Megatron side."""
+        grids = tuple(
+            grid._replace(mcore_steps=tuple((axis + 1, step) for axis, step in grid.mcore_steps)) for grid in self.grids
+        )
+        return Expanded((num_layers, *self.mcore_shape), grids, stacked=True)
+
+    def tiles(self, mcore: str, layer: int | None) -> list[tuple[Shape, Tile]]:
+        """The tiles of one layer, each with the shape of its Hugging Face tensor.
 
         Args:
             mcore: Key of the Megatron tensor on disk.
             layer: What ``{i}`` stands for in the parts' names, or None.
-            stacked: Whether the tensor on disk has a leading axis of layers.
         """
         found = []
-        for template, shape, sizes, hf_steps, base, steps in self.parts:
+        for template, shape, sizes, hf_base, hf_steps, base, steps in self.grids:
             name = template if layer is None else template.replace("{i}", str(layer))
-            if stacked and layer is not None:
+            if self.stacked and layer is not None:
                 base = (layer, *base)
-                steps = tuple((axis + 1, step) for axis, step in steps)
-            found.append((name, shape, Tile(sizes, Side(name, (0,) * len(shape), hf_steps), Side(mcore, base, steps))))
+            found.append((shape, Tile(sizes, Side(name, hf_base, hf_steps), Side(mcore, base, steps))))
         return found
 
 
@@ -123,18 +142,19 @@ def expand(mosaic: Mosaic, dims: Mapping[str, int]) -> Expanded:
     sizes = [extent(part.rows, dims) for part in mosaic.parts]
     period = sum(sizes)
     along = tuple((axis, 1) for axis in range(1, len(trailing) + 1))
-    parts = []
+    origin = (0,) * (len(trailing) + 1)
+    grids = []
     at = 0
     for part, size in zip(mosaic.parts, sizes, strict=True):
-        base = (at,) + (0,) * len(trailing)
         if groups == 1:
             grid: Shape = (size, *trailing)
-            hf_steps: tuple[tuple[int, int], ...] = ((0, 1), *along)
+            hf_steps: Steps = ((0, 1), *along)
             mcore_steps = hf_steps
         else:
             grid = (groups, size, *trailing)
             hf_steps = ((0, size), (0, 1), *along)
             mcore_steps = ((0, period), (0, 1), *along)
-        parts.append((part.hf, (groups * size, *trailing), grid, hf_steps, base, mcore_steps))
+        shape = (groups * size, *trailing)
+        grids.append(Grid(part.hf, shape, grid, origin, hf_steps, (at, *origin[1:]), mcore_steps))
         at += size
-    return Expanded((groups * period, *trailing), tuple(parts))
+    return Expanded((groups * period, *trailing), tuple(grids))
