@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from operator import add, mul, sub
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -42,6 +43,21 @@ def row_major_strides(shape: Sequence[int]) -> Shape:
     for axis in range(len(shape) - 2, -1, -1):
         strides[axis] = strides[axis + 1] * shape[axis + 1]
     return tuple(strides)
+
+
+def span(box: Box, strides: Shape) -> tuple[int, int]:
+    """Offsets in elements of a box's first and last element in linear memory with these strides."""
+    first = sum(map(mul, box.start, strides))
+    return first, first + sum(map(mul, box.size, strides)) - sum(strides)
+
+
+def hull(boxes: Sequence[Box]) -> Box:
+    """The smallest box that holds all of `boxes`, of which there is at least one."""
+    if len(boxes) == 1:
+        return boxes[0]
+    start = tuple(map(min, zip(*(box.start for box in boxes), strict=True)))
+    ends = (tuple(map(add, box.start, box.size)) for box in boxes)
+    return Box(start, tuple(map(sub, map(max, zip(*ends, strict=True)), start)))
 
 
 def exact_cover(shape: Shape, boxes: Sequence[Box]) -> CoverFault | None:

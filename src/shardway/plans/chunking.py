@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from shardway.core.boxes import Box, row_major_strides
+from shardway.core.boxes import Box, hull, row_major_strides, span
+from shardway.core.tiles import reach
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,22 +37,16 @@ def chunk_boxes(shape: Shape, tiles: Sequence[Tile], max_elements: int) -> list[
     strides = row_major_strides(shape)
     hulls = []
     for tile in tiles:
-        low = list(tile.mcore.base)
-        high = list(low)
-        for size, (axis, step) in zip(tile.sizes, tile.mcore.steps, strict=True):
-            high[axis] += (size - 1) * step
-        first = sum(map(int.__mul__, low, strides))
-        hulls.append((first, sum(map(int.__mul__, high, strides)), low, high))
+        box = Box(tile.mcore.base, reach(tile.sizes, tile.mcore.steps, len(shape)))
+        hulls.append((*span(box, strides), box))
     hulls.sort()
-    merged: list[tuple[int, list[int], list[int]]] = []
-    for first, last, low, high in hulls:
+    merged: list[tuple[int, Box]] = []
+    for first, last, box in hulls:
         if merged and first <= merged[-1][0]:
-            reached, lows, highs = merged[-1]
-            merged[-1] = (max(reached, last), list(map(min, lows, low)), list(map(max, highs, high)))
+            merged[-1] = (max(merged[-1][0], last), hull((merged[-1][1], box)))
         else:
-            merged.append((last, low, high))
-    boxes = (Box(tuple(low), tuple(h - lo + 1 for lo, h in zip(low, high, strict=True))) for _, low, high in merged)
-    return [part for box in boxes for part in split_box(box, max_elements)]
+            merged.append((last, box))
+    return [part for _, box in merged for part in split_box(box, max_elements)]
 
 
 def split_box(box: Box, max_elements: int) -> list[Box]:

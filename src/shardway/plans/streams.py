@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from typing import TYPE_CHECKING
 
-from shardway.core.boxes import Box, exact_cover, row_major_strides, whole
+from shardway.core.boxes import Box, exact_cover, hull, row_major_strides, span, whole
 from shardway.core.errors import Code, Problem
-from shardway.core.tiles import restrict
+from shardway.core.tiles import reach, restrict
 from shardway.formats.torch_file import tensor_blob_frame
 from shardway.plans.model import Piece, Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
-    from shardway.core.tensors import Chunk, Shape, StoredTensor
+    from shardway.core.tensors import Chunk, StoredTensor
     from shardway.core.tiles import Tile
     from shardway.formats.torch_file import TensorFrame
 
@@ -74,27 +75,31 @@ def build_streams(
     on: dict[str, list[Tile]] = {}
     for tile in tiles:
         on.setdefault(tile.mcore.tensor, []).append(tile)
+    finders = {name: _ChunkFinder(tensor) for name, tensor in hf.items() if len(tensor.chunks) > 1}
     streams: list[Stream] = []
     for name, tensor in mcore.items():
         strides = row_major_strides(tensor.shape)
-        waiting = sorted(((_first(tile, strides), k, tile) for k, tile in enumerate(on.get(name, ()))), reverse=True)
+        spans = ((*span(_box(tile), strides), k, tile) for k, tile in enumerate(on.get(name, ())))
+        waiting = sorted(spans, reverse=True)
         live: list[tuple[int, Tile]] = []
         for box, chunks in slabs(tensor):
-            first = sum(map(int.__mul__, box.start, strides))
-            past = first + math.prod(box.size)
-            live = [(last, tile) for last, tile in live if last >= first]
-            while waiting and waiting[-1][0] < past:
-                tile = waiting.pop()[2]
-                live.append((_last(tile, strides), tile))
-            pieces = tuple(
-                Piece(part, chunk)
-                for last, tile in live
-                if last >= first
-                for cut in restrict(tile, box, mcore=True)
-                for part, chunk in _by_chunk(cut, hf[tile.hf.tensor])
-            )
+            first, last = span(box, strides)
+            live = [(end, tile) for end, tile in live if end >= first]
+            while waiting and waiting[-1][0] <= last:
+                _, end, _, tile = waiting.pop()
+                live.append((end, tile))
+            pieces: list[Piece] = []
+            for end, tile in live:
+                if end < first:
+                    continue
+                for cut in restrict(tile, box, mcore=True):
+                    source = hf[cut.hf.tensor]
+                    if len(source.chunks) == 1:
+                        pieces.append(Piece(cut, source.chunks[0]))
+                    else:
+                        pieces += finders[cut.hf.tensor].pieces(cut)
             offsets = tuple(blob_offsets[chunk.file, chunk.offset] for chunk in chunks) if blob_offsets else ()
-            streams.append(Stream(name, tensor.dtype, box, chunks, pieces, offsets))
+            streams.append(Stream(name, tensor.dtype, box, chunks, tuple(pieces), offsets))
     streams.sort(key=_place)
     return tuple(streams)
 
@@ -124,55 +129,47 @@ def slabs(tensor: StoredTensor) -> list[tuple[Box, tuple[Chunk, ...]]]:
     if not math.prod(tensor.shape):
         return []
     strides = row_major_strides(tensor.shape)
-    hulls = []
-    for chunk in tensor.chunks:
-        if not math.prod(chunk.size):
-            continue
-        first = sum(map(int.__mul__, chunk.start, strides))
-        reach = sum((size - 1) * stride for size, stride in zip(chunk.size, strides, strict=True))
-        hulls.append((first, first + reach, chunk))
-    hulls.sort()
-    groups: list[tuple[int, list[Chunk]]] = []
-    for first, last, chunk in hulls:
-        if groups and first <= groups[-1][0]:
-            groups[-1][1].append(chunk)
-            groups[-1] = (max(last, groups[-1][0]), groups[-1][1])
-        else:
-            groups.append((last, [chunk]))
+    ordered = sorted(
+        (*span(Box(chunk.start, chunk.size), strides), chunk) for chunk in tensor.chunks if math.prod(chunk.size)
+    )
+    groups: list[list[Chunk]] = []
+    reached = -1
+    for first, last, chunk in ordered:
+        if first > reached:
+            groups.append([])
+        groups[-1].append(chunk)
+        reached = max(reached, last)
     found = []
-    for _, chunks in groups:
-        box = _hull(chunks)
-        if box.num_elements != sum(math.prod(chunk.size) for chunk in chunks):
-            return [(whole(tensor.shape), tuple(chunk for _, _, chunk in hulls))]
+    for chunks in groups:
+        box = hull([Box(chunk.start, chunk.size) for chunk in chunks])
+        if len(chunks) > 1 and box.num_elements != sum(math.prod(chunk.size) for chunk in chunks):
+            return [(whole(tensor.shape), tuple(chunk for _, _, chunk in ordered))]
         found.append((box, tuple(chunks)))
     return found
 
 
-def _hull(chunks: Sequence[Chunk]) -> Box:
-    if len(chunks) == 1:
-        return Box(chunks[0].start, chunks[0].size)
-    start = tuple(map(min, zip(*(chunk.start for chunk in chunks), strict=True)))
-    ends = (tuple(map(int.__add__, chunk.start, chunk.size)) for chunk in chunks)
-    return Box(start, tuple(map(int.__sub__, map(max, zip(*ends, strict=True)), start)))
+class _ChunkFinder:
+    """Finds the chunks of a Hugging Face tensor that a tile lies in without looking at all of them."""
+
+    def __init__(self, tensor: StoredTensor) -> None:
+        self._strides = row_major_strides(tensor.shape)
+        self._slabs = slabs(tensor)
+        self._firsts = [span(box, self._strides)[0] for box, _ in self._slabs]
+
+    def pieces(self, tile: Tile) -> list[Piece]:
+        first, last = span(Box(tile.hf.base, reach(tile.sizes, tile.hf.steps, len(self._strides))), self._strides)
+        begin = max(bisect_right(self._firsts, first) - 1, 0)
+        end = bisect_right(self._firsts, last)
+        return [
+            Piece(part, chunk)
+            for _, chunks in self._slabs[begin:end]
+            for chunk in chunks
+            for part in restrict(tile, Box(chunk.start, chunk.size), mcore=False)
+        ]
 
 
-def _by_chunk(tile: Tile, tensor: StoredTensor) -> Iterable[tuple[Tile, Chunk]]:
-    if len(tensor.chunks) == 1:
-        return ((tile, tensor.chunks[0]),)
-    return [
-        (part, chunk) for chunk in tensor.chunks for part in restrict(tile, Box(chunk.start, chunk.size), mcore=False)
-    ]
-
-
-def _first(tile: Tile, strides: Shape) -> int:
-    return sum(map(int.__mul__, tile.mcore.base, strides))
-
-
-def _last(tile: Tile, strides: Shape) -> int:
-    reach = sum(
-        (size - 1) * step * strides[axis] for size, (axis, step) in zip(tile.sizes, tile.mcore.steps, strict=True)
-    )
-    return _first(tile, strides) + reach
+def _box(tile: Tile) -> Box:
+    return Box(tile.mcore.base, reach(tile.sizes, tile.mcore.steps, len(tile.mcore.base)))
 
 
 def _place(stream: Stream) -> tuple[str, int]:
