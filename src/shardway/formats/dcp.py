@@ -109,9 +109,9 @@ def read_metadata(data: bytes, file: str) -> DcpMetadata:
 
 def _read(data: bytes, file: str) -> DcpMetadata:
     root = load_pickle(data, allowed=_NAMES, file=file)
-    if not _is(root, "Metadata"):
+    state = _state(root, "Metadata")
+    if state is None:
         raise _invalid(f"it holds a {type(root).__name__}, not a torch.distributed.checkpoint Metadata", file)
-    state = root.state
     entries, places = state.get("state_dict_metadata"), state.get("storage_data")
     if type(entries) is not dict or type(places) is not dict:
         raise _invalid("it lacks state_dict_metadata or storage_data", file)
@@ -125,8 +125,8 @@ def _read(data: bytes, file: str) -> DcpMetadata:
         if not _is_name(key):
             shown = f"{key[:200]!a}" if type(key) is str else f"a {type(key).__name__}"
             problems.add(Code.METADATA_INVALID, f"{shown} is no name of a tensor", file=file)
-        elif _is(entry, "TensorStorageMetadata"):
-            tensor = _tensor(key, entry.state, locations, file, problems)
+        elif (saved := _state(entry, "TensorStorageMetadata")) is not None:
+            tensor = _tensor(key, saved, locations, file, problems)
             if tensor is not None:
                 tensors[key] = tensor
         elif type(entry) is SavedObject and entry.type_name == _BYTES:
@@ -144,9 +144,11 @@ def _read(data: bytes, file: str) -> DcpMetadata:
     return DcpMetadata(tensors=tensors, objects=objects, version=version if type(version) is str else None)
 
 
-def _is(value: object, name: str) -> bool:
-    """Whether `value` is a saved `name` of the metadata module with a dict of attributes."""
-    return type(value) is SavedObject and value.type_name == f"{METADATA}.{name}" and type(value.state) is dict
+def _state(value: object, name: str) -> dict[str, object] | None:
+    """The attributes of a saved `name` of the metadata module; None for anything else."""
+    if type(value) is SavedObject and value.type_name == f"{METADATA}.{name}" and type(value.state) is dict:
+        return value.state
+    return None
 
 
 def _locations(

@@ -61,7 +61,7 @@ def load_pickle(
     file: str,
     persistent: Callable[[object], object] | None = None,
     inert_packages: tuple[str, ...] = (),
-) -> Any:
+) -> object:
     """Read the pickle `data` without importing, calling or setting anything that it names.
 
     Opcodes of protocols 2 to 5 build None, bools, integers, floats, strings, bytes, tuples, lists, dicts, sets,
@@ -247,7 +247,7 @@ class _Machine:
                 what=f"{what}, which no checkpoint needs",
                 file=self.file,
                 facts=("shardway never imports or runs what a checkpoint names; nothing was executed",),
-                cure="do not load this file with anything that does, unless you know where it comes from",
+                cure="if Megatron wrote it, report the name; otherwise do not load the file with anything else",
             )
         )
 

@@ -83,7 +83,7 @@ _STRUCT_CODES = {
 }  # fmt: skip
 
 
-def read_torch_file(path: Path) -> Any:
+def read_torch_file(path: Path) -> object:
     """The object in a small file of `torch.save`; nothing that it names is imported or executed.
 
     Args:
@@ -98,7 +98,7 @@ def read_torch_file(path: Path) -> Any:
     return read_torch_bytes(read_small_file(path, MAX_FILE_BYTES), file=str(path))
 
 
-def read_torch_bytes(data: bytes, *, file: str) -> Any:
+def read_torch_bytes(data: bytes, *, file: str) -> object:
     """The object in the bytes of a `torch.save`; nothing that it names is imported or executed.
 
     Args:

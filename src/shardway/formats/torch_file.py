@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from shardway.core.dtypes import DType
     from shardway.core.tensors import Shape
 
-_MAX_PICKLE_BYTES = 64 << 20
+MAX_PICKLE_BYTES = 64 << 20
+_MAX_TENSOR_PICKLE_BYTES = 16 << 10  # of one tensor; torch writes 150 to 250 bytes, and they are cached
 _ONE_READ_BYTES = 8192  # blobs up to here are read whole: one read costs less than two
 _HEAD_BYTES = 2048  # torch puts data.pkl and the header of the first tensor in the first 700 bytes
 _TAIL_BYTES = 1024  # and 561 bytes of directory at the end
@@ -98,7 +99,7 @@ def read_tensor_blob(fd: int, offset: int, length: int, *, file: str, tensor: st
         raise _cut_off(file, tensor, offset, length)
     try:
         entries = read_directory(tail, length, read)
-        prefix, data = open_archive(entries, head, read)
+        prefix, data = open_archive(entries, head, read, _MAX_TENSOR_PICKLE_BYTES)
         try:
             view = _view_of_pickle(data)
         except ShardwayError as error:
@@ -162,12 +163,14 @@ def _template(dtype: DType, shape: Shape) -> _Template:
     return _Template(before, len(before) + local_header_bytes(_DATA, num_bytes), central, num_bytes)
 
 
-def open_archive(entries: dict[bytes, Entry], head: bytes, read: Callable[[int, int], bytes]) -> tuple[bytes, bytes]:
-    """The archive's name, which is the folder of its first entry, and its pickle."""
+def open_archive(
+    entries: dict[bytes, Entry], head: bytes, read: Callable[[int, int], bytes], most: int = MAX_PICKLE_BYTES
+) -> tuple[bytes, bytes]:
+    """The archive's name, which is the folder of its first entry, and its pickle of at most `most` bytes."""
     first = next(reversed(entries), b"")  # read_directory collects from the last entry to the first
     prefix = first.partition(b"/")[0]
     name = prefix + b"/data.pkl"
-    data = _content(entries, name, head, read, _MAX_PICKLE_BYTES)
+    data = _content(entries, name, head, read, most)
     order = prefix + b"/byteorder"
     if order in entries and _content(entries, order, head, read, 16) != b"little":
         raise ZipInvalidError("it was written by a big-endian machine")

@@ -82,6 +82,10 @@ def blob(tmp_path: Path) -> Callable[..., TensorBlob]:
     return read
 
 
+def read(data: bytes) -> Any:
+    return read_torch_bytes(data, file="f")
+
+
 def at(data: bytes, found: TensorBlob, before: int = 1000) -> bytes:
     start = found.data_offset - before
     return data[start : start + found.num_bytes]
@@ -251,6 +255,7 @@ def test_rezipped_files_are_read(blob: Callable[..., TensorBlob]) -> None:
         (lambda name, content: b"big" if "byteorder" in name else content, "big-endian"),
         (lambda name, content: None if "data.pkl" in name else content, "no entry"),
         (lambda name, content: None if "data/0" in name else content, "no entry"),
+        (lambda name, content: content + bytes(20_000) if "data.pkl" in name else content, "at most 16,384"),
         (lambda name, content: content[:-1] if "data/0" in name else content, "should have 24 bytes, has 23"),
         (lambda name, content: content + b"x" if "data/0" in name else content, "should have 24 bytes, has 25"),
         (
@@ -286,7 +291,7 @@ def test_overlapping_and_repeated_entries(blob: Callable[..., TensorBlob]) -> No
     pkl, order = local_entry(b"a/data.pkl", b"N."), local_entry(b"a/byteorder", b"little")
     body = pkl + order
     name, other = b"a/data.pkl", b"a/byteorder"
-    assert read_torch_bytes(archive_of([(name, 0, 2), (other, len(pkl), 6)], body), file="f") is None
+    assert read(archive_of([(name, 0, 2), (other, len(pkl), 6)], body)) is None
     for entries, words in (
         ([(name, 0, 2), (name, len(pkl), 6)], "same name"),
         ([(name, 0, 2), (other, 0, 6)], "overlaps"),
@@ -403,10 +408,10 @@ PLAIN: dict[object, object] = {
 
 
 def test_plain_values_of_torch_are_read() -> None:
-    found = read_torch_bytes(saved(PLAIN), file="f")
+    found = read(saved(PLAIN))
     assert_same(found, PLAIN)
     counts: collections.defaultdict[str, int] = collections.defaultdict(int, a=1)
-    assert read_torch_bytes(saved([counts, bytearray(b"xy"), frozenset([5])]), file="f") == [{"a": 1}, b"xy", {5}]
+    assert read(saved([counts, bytearray(b"xy"), frozenset([5])])) == [{"a": 1}, b"xy", {5}]
 
 
 def test_what_megatrons_arguments_hold() -> None:
@@ -421,7 +426,7 @@ def test_what_megatrons_arguments_hold() -> None:
         partial=functools.partial(torch.nn.functional.gelu, approximate="tanh"),
         lengths=[1, 2],
     )
-    found = read_torch_bytes(saved({"args": arguments}), file="f")["args"]
+    found = read(saved({"args": arguments}))["args"]
     assert isinstance(found, SavedObject)
     assert found.type_name == "argparse.Namespace"
     state: Any = found.state
@@ -439,14 +444,14 @@ def test_what_megatrons_arguments_hold() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
 def test_items(dtype: DType) -> None:
     tensor = some_tensor(dtype, (3,))[1]
-    found = read_torch_bytes(saved(tensor), file="f")
+    found = read(saved(tensor))
     if dtype.name.startswith(("float8", "complex")):
         with pytest.raises(ShardwayError, match="no Python value"):
             found.item()
     else:
         assert struct.pack("<d", float(found.item())) == struct.pack("<d", float(tensor.item()))
     with pytest.raises(ShardwayError, match="not one number"):
-        read_torch_bytes(saved(some_tensor(dtype, (2,))), file="f").item()
+        read(saved(some_tensor(dtype, (2,)))).item()
 
 
 def test_written_values_are_read_by_torch() -> None:
@@ -466,7 +471,7 @@ def test_written_values_are_read_by_torch() -> None:
     assert tuple(loaded["e"].shape) == (0, 3)
     assert loaded["dtype"] is torch.bfloat16
     assert loaded[1] == value[1]
-    assert read_torch_bytes(data, file="f") == value
+    assert read(data) == value
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         assert archive.testzip() is None
 
@@ -537,7 +542,7 @@ def test_values_that_multiply_or_contain_themselves(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(saved_objects, "MAX_FILE_BYTES", 50_000)
     storage = b"(X\x07\x00\x00\x00storagectorch\nByteStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuM\xe8\x03tQ"
     tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x00M\xe8\x03\x85K\x01\x85\x89}tR"
-    assert len(read_torch_bytes(pickle_file(b"\x80\x02](" + tensor * 50 + b"e."), file="f")) == 50
+    assert len(read(pickle_file(b"\x80\x02](" + tensor * 50 + b"e."))) == 50
     text = b"X" + struct.pack("<I", 1000) + b"a" * 1000
     encoded = b"c_codecs\nencode\n" + text + b"X\x06\x00\x00\x00latin1\x86R"
     laughs = b"".join(b"](" + (b"h" + bytes((depth,))) * 20 + b"e\x94" for depth in range(12))
@@ -563,7 +568,7 @@ def test_values_that_multiply_or_contain_themselves(monkeypatch: pytest.MonkeyPa
 
 def test_every_truncation_of_a_small_file_is_an_error() -> None:
     data = saved({"checkpoint_version": 3.0, "tensor": torch.ones(2), "args": argparse.Namespace(a=1)})
-    read_torch_bytes(data, file="f")
+    read(data)
     for length in range(len(data)):
         error_of(functools.partial(read_torch_bytes, data[:length], file="f"))
 
@@ -577,12 +582,12 @@ def test_mutated_small_files_end_in_a_value_or_an_error(data: st.DataObject) -> 
     for _ in range(data.draw(st.integers(1, 3))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     try:
-        read_torch_bytes(bytes(content), file="f")
+        read(bytes(content))
     except ShardwayError as error:
         assert_expected(error)
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_value_or_an_error(content: bytes) -> None:
-    error_of(lambda: read_torch_bytes(content, file="f"))
-    error_of(lambda: read_torch_bytes(b"PK\x03\x04" + content, file="f"))
+    error_of(lambda: read(content))
+    error_of(lambda: read(b"PK\x03\x04" + content))
