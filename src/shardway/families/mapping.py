@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from shardway.core.collector import collector_paused
 from shardway.core.errors import Code, Problems
 from shardway.core.tiles import Tile, cover_fault
 from shardway.families.layout import Layout, has_extra_state
@@ -61,6 +62,7 @@ class ModelMapping:
         return replace(self, tiles=tuple(tiles), hf=hf)
 
 
+@collector_paused()
 def map_model(config: HFConfig, layout: Layout = Layout.STACKED) -> ModelMapping:
     """Enumerate both sides of a model and prove that its tiles cover each exactly once.
 

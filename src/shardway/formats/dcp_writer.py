@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import TYPE_CHECKING
 
 from shardway.formats.pickle_writer import (
@@ -44,8 +45,10 @@ class MetadataEmitter:
         writer = self._writer
         parts = [writer.start, writer.reference(METADATA, "Metadata"), NEW_OBJECT, EMPTY_DICT, MARK]
         parts += (writer.text("state_dict_metadata"), EMPTY_DICT, MARK)
+        out = io.BytesIO()
         for key, tensor in tensors.items():
             self._tensor(parts, key, tensor)
+            _flush(parts, out)
         for key in objects:
             parts += (writer.text(key), writer.reference(METADATA, "BytesStorageMetadata"), NEW_OBJECT)
         parts += (SETITEMS, writer.text("planner_data"), NONE)
@@ -54,6 +57,7 @@ class MetadataEmitter:
             for start, _, location in tensor.chunks:
                 self._index(parts, key, start)
                 self._location(parts, location)
+            _flush(parts, out)
         for key, location in objects.items():
             self._index(parts, key, None)
             self._location(parts, location)
@@ -62,7 +66,8 @@ class MetadataEmitter:
         parts += (writer.text("save_id"), NONE if save_id is None else writer.text(save_id))
         parts += (writer.text("load_id"), NONE, writer.text("modules"), EMPTY_LIST, SETITEMS, BUILD)
         parts += (writer.text("version"), writer.text("1.0.0"), SETITEMS, BUILD, STOP)
-        return b"".join(parts)
+        _flush(parts, out)
+        return out.getvalue()
 
     def _tensor(self, parts: list[bytes], key: str, tensor: DcpTensor) -> None:
         writer = self._writer
@@ -142,3 +147,9 @@ class MetadataEmitter:
         parts += (writer.text("relative_path"), writer.text(location.file))
         parts += (writer.text("offset"), integer(location.offset), writer.text("length"), integer(location.length))
         parts += (SETITEMS, BUILD)
+
+
+def _flush(parts: list[bytes], out: io.BytesIO) -> None:
+    """Write what has been emitted so far: 50,000 chunks take two million parts, and joining those 80 bytes for each."""
+    out.writelines(parts)
+    parts.clear()

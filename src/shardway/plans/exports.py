@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from shardway.core.collector import collector_paused
 from shardway.core.errors import Problems
 from shardway.core.tensors import Catalog, Chunk, StoredTensor
 from shardway.formats.safetensors import lay_out
@@ -36,6 +37,7 @@ class ExportOptions:
     max_shard_bytes: int = 5 * 10**9
 
 
+@collector_paused()
 def plan_export(
     source: TorchDistCheckpoint,
     mapping: ModelMapping,

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from shardway.core.collector import collector_paused
 from shardway.core.errors import Code, Problems
 from shardway.core.tensors import Catalog, Chunk, StoredTensor
 from shardway.families.layout import Layout
@@ -50,6 +51,7 @@ class ImportOptions:
     max_file_bytes: int = 4 * 2**30
 
 
+@collector_paused()
 def plan_import(
     source: HuggingFaceCheckpoint, mapping: ModelMapping, destination: Path, options: ImportOptions
 ) -> Plan:
@@ -87,6 +89,7 @@ def plan_import(
         "common.pt": common_pt(options.iteration or 0, content),
         "train_state.pt": train_state_pt(options.iteration or 0),
     }
+    laid.blobs.clear()
     copied = {f"{HF_FOLDER}/{file.name}": file.name for file in source.small_files}
     if options.dtype is not None:
         small_files[f"{HF_FOLDER}/config.json"] = config_with_dtype(source.config, options.dtype)
