@@ -212,11 +212,8 @@ def save_plain(task: Mapping[str, Any], rank: int, num_ranks: int) -> None:
     part.write_bytes(pickle.dumps(state.shards))
     part.rename(folder / f"{rank}.pickle")
     _wait_for(folder / f"{num_ranks - 1}.pickle")
-    full = {
-        key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in model.state_dict().items()
-    }
     if not rank:
-        torch.save(full, folder / "full.pt")
+        torch.save(_plain_model("whole", num_ranks).state_dict(), folder / "full.pt")
     lowest: dict[Any, int] = {}
     for other in range(num_ranks):
         for shard in pickle.loads((folder / f"{other}.pickle").read_bytes()):
@@ -235,18 +232,19 @@ def _plain_model(kind: str, num_ranks: int) -> Any:
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6, bias=False), nn.LayerNorm(6), nn.Linear(6, 5))
-    model.append(nn.Linear(5, 1))  # fewer rows than ranks: most ranks hold nothing
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6, bias=False), nn.LayerNorm(6), nn.Linear(6, 13))
+    model.append(nn.Linear(13, 1))  # fewer rows than ranks: most ranks hold nothing
     model.append(nn.Linear(1, 1))
     model.register_buffer("steps", torch.tensor(12))
     if kind == "plain":
-        model[6].weight = model[5].bias  # tied: one parameter under two names
+        model[6].bias = model[5].bias  # tied: one parameter under two names
+    if kind in ("plain", "whole"):
         return model
     if kind == "fsdp":
         return fully_shard(model, mesh=init_device_mesh("cpu", (num_ranks,)))
     if kind == "hsdp":
         return fully_shard(model, mesh=init_device_mesh("cpu", (2, num_ranks // 2), mesh_dim_names=("r", "s")))
-    mesh = init_device_mesh("cpu", (2, num_ranks // 2), mesh_dim_names=("dp", "tp"))
+    mesh = init_device_mesh("cpu", (num_ranks // 2, 2), mesh_dim_names=("dp", "tp"))
     parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel(), "4": ColwiseParallel()})
     return fully_shard(model, mesh=mesh["dp"]) if kind == "fsdp_tp" else model
 
