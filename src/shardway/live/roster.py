@@ -1,0 +1,116 @@
+"""Who came to a save, who of them is still here, and what they hold together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from shardway.live import verdicts
+from shardway.live.coverage import Holdings
+from shardway.live.messages import Arrival, decode_table, table_key
+from shardway.live.requests import Steps, add, ask_dead, get
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
+    from shardway.core.errors import Problem
+    from shardway.live.messages import Keys, Table
+    from shardway.live.saving import Needed
+
+
+class Roster:
+    """The arrivals, read once each.
+
+    Args:
+        keys: The attempt's keys.
+        needed: What makes the checkpoint whole.
+    """
+
+    def __init__(self, keys: Keys, needed: Needed) -> None:
+        self.arrivals: dict[int, Arrival] = {}
+        self.tables: dict[str, Table] = {}
+        self.dead: set[int] = set()
+        self._keys = keys
+        self._needed = needed
+        self._awaited: set[int] = set()
+        self._count = 0
+        self._ever = Holdings(needed)
+        self._present: Holdings | None = None
+
+    def read(self) -> Steps[bool]:
+        """Read who arrived since the last time; True when somebody did."""
+        count = yield from add(self._keys.arrivals, 0)
+        self._awaited.update(range(self._count, count))  # one may have counted itself and died before it said who it is
+        self._count = count
+        return (yield from self.load(self._awaited))
+
+    def load(self, numbers: Iterable[int]) -> Steps[bool]:
+        """Make sure that these arrivals and their tables are known, where they can be; True when one is new."""
+        wanted = sorted(number for number in numbers if number not in self.arrivals)
+        found = yield from get(*(self._keys.arrival(number) for number in wanted))
+        fresh = {number: Arrival.decode(data) for number, data in zip(wanted, found, strict=True) if data is not None}
+        digests = sorted({arrival.table for arrival in fresh.values()} - self.tables.keys())
+        tables = yield from get(*(table_key(digest) for digest in digests))
+        self.tables.update(
+            (digest, decode_table(data)) for digest, data in zip(digests, tables, strict=True) if data is not None
+        )
+        fresh = {number: arrival for number, arrival in fresh.items() if arrival.table in self.tables}
+        for arrival in fresh.values():
+            self._ever.add(arrival.table, self.tables[arrival.table])
+        self.arrivals.update(fresh)
+        self._awaited.difference_update(fresh)
+        if fresh:
+            self._present = None
+        return bool(fresh)
+
+    def bury(self) -> Steps[bool]:
+        """Find out who is known to have died since; True when somebody has."""
+        living = [number for number in self.arrivals if number not in self.dead]
+        gone = yield from ask_dead([self.arrivals[number].process for number in living])
+        fresh = {number for number in living if self.arrivals[number].process in gone}
+        self.dead |= fresh
+        if fresh:
+            self._present = None
+        return bool(fresh)
+
+    def here(self, excluded: Collection[int] = ()) -> list[int]:
+        """Arrival numbers of those who may be given work: alive for all that is known, and the last of their rank."""
+        latest = {self.arrivals[number].rank: number for number in sorted(self.arrivals)}
+        return sorted(number for number in latest.values() if number not in self.dead and number not in excluded)
+
+    def ranks(self, numbers: Iterable[int]) -> list[int]:
+        """The ranks of some who arrived, ascending."""
+        return sorted({self.arrivals[number].rank for number in numbers})
+
+    def holdings(self) -> Holdings:
+        """What those who are here hold; what only the dead brought is needed as well."""
+        if self._present is None:
+            digests = dict.fromkeys(self.arrivals[number].table for number in self.here())
+            if self._ever.tables.keys() == digests.keys():
+                self._present = self._ever
+            else:
+                self._present = Holdings(self._ever.all_needed())
+                for digest in digests:
+                    self._present.add(digest, self.tables[digest])
+        return self._present
+
+    def fresh_holdings(self, numbers: Iterable[int]) -> Holdings:
+        """Holdings to begin a ledger with whose first holders are `numbers`."""
+        present = self.holdings()
+        if not present.conflicts and present.tables.keys() == {self.arrivals[number].table for number in numbers}:
+            return present
+        return Holdings(self._needed)
+
+    def disagreements(self) -> list[Problem]:
+        """What those who are here say differently; empty when none of them asks for that to be checked."""
+        arrivals = [self.arrivals[number] for number in self.here()]
+        if not any(arrival.validate for arrival in arrivals):
+            return []
+        first = arrivals[0].agreement
+        problems = []
+        if any(arrival.agreement != first for arrival in arrivals):
+            problems += verdicts.disagreements(arrivals)
+        holdings = self.holdings()
+        if holdings.conflicts:
+            ranks_of = [[each.rank for each in arrivals if each.table == digest] for digest in holdings.tables]
+            problems += verdicts.conflicts(holdings.conflicts, ranks_of)
+        return problems
