@@ -68,20 +68,22 @@ class Files:
         """
         descriptor = self.descriptor(name)
         done = 0
-        with failing(f"read {len(view)} bytes at {offset}", self.root / name):
-            while done < len(view):
+        while done < len(view):
+            try:
                 got = os.preadv(descriptor, [view[done:] if done else view], offset + done)
-                if not got:
-                    raise ShardwayError(
-                        Problem(
-                            code=Code.SOURCE_CHANGED,
-                            what=f"{name} ended while it was being read",
-                            file=self.root / name,
-                            facts=(f"wanted {len(view)} bytes at offset {offset}, got {done}",),
-                            cure="it was truncated after the run began; run the command again",
-                        )
+            except OSError as error:
+                raise _failure(f"read {len(view)} bytes at {offset}", self.root / name, error) from error
+            if not got:
+                raise ShardwayError(
+                    Problem(
+                        code=Code.SOURCE_CHANGED,
+                        what=f"{name} ended while it was being read",
+                        file=self.root / name,
+                        facts=(f"wanted {len(view)} bytes at offset {offset}, got {done}",),
+                        cure="it was truncated after the run began; run the command again",
                     )
-                done += got
+                )
+            done += got
 
     def write_from(self, name: str, view: memoryview | bytes, offset: int) -> None:
         """Write all of `view` at `offset` of a file.
@@ -91,9 +93,11 @@ class Files:
         """
         descriptor = self.descriptor(name)
         done = 0
-        with failing(f"write {len(view)} bytes at {offset}", self.root / name):
-            while done < len(view):
+        while done < len(view):
+            try:
                 done += os.pwrite(descriptor, memoryview(view)[done:] if done else view, offset + done)
+            except OSError as error:
+                raise _failure(f"write {len(view)} bytes at {offset}", self.root / name, error) from error
 
     def sync(self, name: str) -> None:
         """Force a file's bytes to the device.
@@ -111,16 +115,20 @@ def failing(doing: str, file: Path, code: Code = Code.IO_FAILED) -> Iterator[Non
     try:
         yield
     except OSError as error:
-        full = error.errno in _FULL
-        raise ShardwayError(
-            Problem(
-                code=Code.NO_SPACE if full else code,
-                what=f"could not {doing}: {error.strerror or error}",
-                file=file,
-                facts=(f"errno {errno.errorcode.get(error.errno or 0, error.errno)}",),
-                cure="free space there, or choose another destination" if full else None,
-            )
-        ) from error
+        raise _failure(doing, file, error, code) from error
+
+
+def _failure(doing: str, file: Path, error: OSError, code: Code = Code.IO_FAILED) -> ShardwayError:
+    full = error.errno in _FULL
+    return ShardwayError(
+        Problem(
+            code=Code.NO_SPACE if full else code,
+            what=f"could not {doing}: {error.strerror or error}",
+            file=file,
+            facts=(f"errno {errno.errorcode.get(error.errno or 0, error.errno)}",),
+            cure="free space there, or choose another destination" if full else None,
+        )
+    )
 
 
 def sync_directory(path: Path) -> None:

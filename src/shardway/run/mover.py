@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 BUFFER_BYTES = 2**20
 _SHORT_RUN_BYTES = 4096
 _FEW_RUNS = 64
+_WORTH_SHARING_BYTES = 2**16  # smaller chunks are not aligned for it either
 
 
 class Run(NamedTuple):
@@ -114,7 +115,7 @@ class Mover:
         chunk = stream.chunks[0]
         head, tail, _ = frame(stream, 0)
         hasher = xxhash.xxh3_128()
-        if self._cloner.supported:
+        if self._cloner.supported and stream.num_bytes >= _WORTH_SHARING_BYTES:
             return self._share(stream, found, head, tail)
         buffer = self._buffer
         at = stream.blob_offsets[0]
