@@ -29,7 +29,7 @@ def chunk_boxes(shape: Shape, tiles: Sequence[Tile], max_elements: int) -> list[
     Args:
         shape: Global shape of the tensor.
         tiles: All its tiles.
-        max_elements: No chunk gets more elements than this, unless a single row has.
+        max_elements: No chunk gets more elements than this.
 
     Returns:
         Boxes that are contiguous in row-major order and cover the tensor exactly once, by rising position.

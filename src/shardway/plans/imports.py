@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 HF_FOLDER = "hf"
 _ALIGN = 64
 _ALIGN_WORTHWHILE_BYTES = 2**16
+_MAX_FRAME_BYTES = 2 * BLOCK_BYTES  # a head with its padding, and a tail
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +43,7 @@ class ImportOptions:
         layout: How layers lie on disk.
         dtype: Type to cast floating-point tensors to; None keeps every tensor's bits.
         iteration: Number of the iteration folder; None for ``release``.
-        max_file_bytes: No ``.distcp`` file grows larger, unless a single row of a tensor does.
+        max_file_bytes: No ``.distcp`` file grows larger, but for the least: one chunk of 4 KiB and what frames it.
     """
 
     layout: Layout = Layout.STACKED
@@ -159,7 +160,7 @@ def _lay_out(
     blobs = []
     for key, shape in mapping.mcore.items():
         itemsize = dtypes[key].itemsize
-        boxes = chunk_boxes(shape, on[key], max_file_bytes // itemsize)
+        boxes = chunk_boxes(shape, on[key], max(max_file_bytes - _MAX_FRAME_BYTES, BLOCK_BYTES) // itemsize)
         first = {tile.mcore.base: tile for tile in on[key]}
         tile = on[key][0]
         for box in boxes:
@@ -174,12 +175,13 @@ def _lay_out(
     laid.empty_object = DcpLocation(name, 0, len(empty))
     last = 0
     for number, (_, key, box, tile) in zip(assign_files(sizes, max_file_bytes), blobs, strict=True):
-        if number != last:
-            laid.targets.append(TargetFile(name, at, literals))
-            name, at, literals, last = _file_name(number), 0, (), number
         dtype = dtypes[key]
         align, phase = _phase(source.catalog.tensors[tile.hf.tensor], box.size, dtype)
         frame = tensor_blob_frame(dtype, box.size, offset=at, align=align, phase=phase)
+        if number != last or (at and at + frame.length > max_file_bytes):
+            laid.targets.append(TargetFile(name, at, literals))
+            name, at, literals, last = _file_name(len(laid.targets)), 0, (), number
+            frame = tensor_blob_frame(dtype, box.size, offset=at, align=align, phase=phase)
         chunk = Chunk(box.start, box.size, name, at + len(frame.head))
         laid.chunks.setdefault(key, []).append(chunk)
         laid.blobs.setdefault(key, []).append(DcpChunk(box.start, box.size, DcpLocation(name, at, frame.length)))
