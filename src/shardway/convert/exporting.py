@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from shardway.convert.options import IfExists, choice, in_the_way, parse_dtype, parse_size
+from shardway.convert.options import IfExists, choice, parse_dtype, parse_size
 from shardway.convert.report import ConversionReport
 from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.families.config import HFConfig
@@ -20,6 +20,7 @@ from shardway.formats.torch_dist import open_torch_dist
 from shardway.plans.exports import ExportOptions, plan_export
 from shardway.plans.imports import HF_FOLDER
 from shardway.plans.streams import build_streams
+from shardway.run.destination import in_the_way
 from shardway.run.engine import parse_workers
 from shardway.run.execute import check_apart, execute, preflight
 from shardway.run.progress import Meter

@@ -10,7 +10,6 @@ from shardway import __version__
 from shardway.convert.options import (
     IfExists,
     choice,
-    in_the_way,
     invalid_option,
     parse_dtype,
     parse_size,
@@ -24,10 +23,11 @@ from shardway.formats.huggingface import CONFIG_FILE, open_huggingface
 from shardway.formats.record import RECORD_FILE, Record, read_record
 from shardway.formats.torch_dist import TRACKER, iteration_folder, open_torch_dist, tracker_text
 from shardway.plans.imports import ImportOptions, plan_import
+from shardway.run.destination import holds_checkpoint, in_the_way, publish_tracker, refuse_older
 from shardway.run.engine import parse_workers
 from shardway.run.execute import check_apart, execute, preflight
 from shardway.run.progress import Meter
-from shardway.run.publish import Staging, is_leftover, write_file
+from shardway.run.publish import Staging
 from shardway.verification.compare import check_copies, compare_plan
 
 if TYPE_CHECKING:
@@ -37,9 +37,6 @@ if TYPE_CHECKING:
     from shardway.formats.huggingface import HuggingFaceCheckpoint
     from shardway.plans.model import Plan
     from shardway.run.progress import Progress
-
-TRAIN_STATE = "train_state.pt"
-LATEST_TRAIN_STATE = "latest_train_state.pt"
 
 
 def import_hf(
@@ -140,7 +137,7 @@ def import_hf(
             compare_plan(plan, staging.path, num_workers, progress, digests)
         _check_unchanged(checkpoint, record.source)
         staging.publish()
-    notes = _publish_tracker(root, folder, options, sync=fsync)
+    notes = publish_tracker(root, folder, options.iteration, sync=fsync)
     return report(reused=False, notes=notes)
 
 
@@ -199,35 +196,17 @@ def _check_destination(
     """Refuse a destination that holds something else; True when what it holds can be reused."""
     if source.resolve().is_relative_to(folder.resolve()):
         raise in_the_way(folder, "the source lies inside of it", "choose another destination")
-    if not root.exists():
+    if not holds_checkpoint(root, folder):
+        refuse_older(root, folder, options.iteration)
         return False
-    if not root.is_dir():
-        raise in_the_way(root, "it is not a directory", "choose another destination")
-    present = sorted(path.name for path in root.iterdir() if not is_leftover(path.name))
-    if not present:
+    if exists is IfExists.ERROR:
+        raise in_the_way(folder, "it holds a checkpoint", "choose another destination, or --if-exists reuse or replace")
+    if exists is IfExists.REPLACE:
         return False
-    known = [name for name in present if name == TRACKER or name == "release" or name.startswith("iter_")]
-    if not known:
-        listed = ", ".join(present[:4]) + (", ..." if len(present) > 4 else "")
-        raise in_the_way(root, f"it is not empty and no Megatron checkpoint: {listed}", "choose another destination")
-    if folder.exists() and any(folder.iterdir()):
-        if exists is IfExists.ERROR:
-            raise in_the_way(
-                folder, "it holds a checkpoint", "choose another destination, or --if-exists reuse or replace"
-            )
-        if exists is IfExists.REUSE:
-            why = _why_not_reusable(root, folder, options, record)
-            if why:
-                raise in_the_way(folder, f"it can't be reused: {why}", "choose --if-exists replace to replace it")
-            return True
-    latest = _tracked(root)
-    if latest is not None and (options.iteration is None or options.iteration < latest) and not folder.exists():
-        raise in_the_way(
-            root,
-            f"it is at iteration {latest}; importing {folder.name} there would turn the tracker back",
-            "choose another destination, or an --iteration above that",
-        )
-    return False
+    why = _why_not_reusable(root, folder, options, record)
+    if why:
+        raise in_the_way(folder, f"it can't be reused: {why}", "choose --if-exists replace to replace it")
+    return True
 
 
 def _why_not_reusable(root: Path, folder: Path, options: ImportOptions, record: Record) -> str | None:
@@ -246,21 +225,3 @@ def _why_not_reusable(root: Path, folder: Path, options: ImportOptions, record: 
     if tracker != tracker_text(options.iteration).strip():
         return f"the tracker names {tracker.decode(errors='replace')!r}, not this iteration"
     return None
-
-
-def _tracked(root: Path) -> int | None:
-    try:
-        text = (root / TRACKER).read_bytes().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() and len(text) < 10 else None
-
-
-def _publish_tracker(root: Path, folder: Path, options: ImportOptions, *, sync: bool) -> tuple[str, ...]:
-    """Let the root name the new iteration, last of all; a later iteration keeps its place."""
-    latest = _tracked(root)
-    if latest is not None and (options.iteration is None or options.iteration < latest):
-        return (f"the tracker still names iteration {latest}",)
-    write_file(root / LATEST_TRAIN_STATE, (folder / TRAIN_STATE).read_bytes(), sync=sync)
-    write_file(root / TRACKER, tracker_text(options.iteration), sync=sync)
-    return ()

@@ -10,8 +10,6 @@ from shardway.core.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from shardway.core.errors import Code, Problem, ShardwayError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from shardway.core.dtypes import DType
 
 _Choice = TypeVar("_Choice", bound=enum.StrEnum)
@@ -77,10 +75,3 @@ def parse_size(name: str, value: str | int) -> int:
 def invalid_option(name: str, value: object, expected: str) -> ShardwayError:
     """The error of an option with a value that it can't have."""
     return ShardwayError(Problem(code=Code.OPTION_INVALID, what=f"{name}={value!r}; expected {expected}"))
-
-
-def in_the_way(path: Path, why: str, cure: str) -> ShardwayError:
-    """The error of a destination that is taken."""
-    return ShardwayError(
-        Problem(code=Code.DESTINATION_EXISTS, what=f"{path} can't be written: {why}", file=path, cure=cure)
-    )

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+TRAIN_STATE = "train_state.pt"
+LATEST_TRAIN_STATE = "latest_train_state.pt"
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 _SHOWN = 8

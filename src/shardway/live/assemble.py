@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from shardway.core.boxes import Box, exact_cover
 from shardway.core.errors import Code, Problems
 from shardway.formats.dcp import DcpChunk, DcpLocation, DcpTensor, write_metadata
+from shardway.formats.iterations import TRAIN_STATE
 from shardway.formats.record import RECORD_FILE
 from shardway.formats.torch_dist import common_pt, metadata_json, train_state_pt
 
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from shardway.core.tensors import Shape
     from shardway.formats.record import ChunkDigests, Record
     from shardway.live.written import WriterResult, WrittenShard
-
-TRAIN_STATE = "train_state.pt"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from shardway.core.errors import Code, Problems
 from shardway.core.tensors import Catalog, Chunk, StoredTensor
 from shardway.families.layout import Layout
 from shardway.formats.dcp import DcpChunk, DcpLocation, DcpTensor, write_metadata
+from shardway.formats.iterations import TRAIN_STATE
 from shardway.formats.torch_dist import common_pt, extra_state, metadata_json, train_state_pt
 from shardway.formats.torch_file import tensor_blob_frame
 from shardway.plans.chunking import assign_files, chunk_boxes
@@ -88,7 +89,7 @@ def plan_import(
         ".metadata": laid.metadata(mapping, dtypes),
         "metadata.json": metadata_json(),
         "common.pt": common_pt(options.iteration or 0, content),
-        "train_state.pt": train_state_pt(options.iteration or 0),
+        TRAIN_STATE: train_state_pt(options.iteration or 0),
     }
     laid.blobs.clear()
     copied = {f"{HF_FOLDER}/{file.name}": file.name for file in source.small_files}

@@ -1,0 +1,87 @@
+"""The root of a Megatron checkpoint as a destination: what may be written there, and which iteration it names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from shardway.core.errors import Code, Problem, ShardwayError
+from shardway.formats.iterations import LATEST_TRAIN_STATE, TRACKER, TRAIN_STATE, tracker_text
+from shardway.run.publish import is_leftover, write_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def in_the_way(path: Path, why: str, cure: str) -> ShardwayError:
+    """The error of a destination that is taken."""
+    return ShardwayError(
+        Problem(code=Code.DESTINATION_EXISTS, what=f"{path} can't be written: {why}", file=path, cure=cure)
+    )
+
+
+def holds_checkpoint(root: Path, folder: Path) -> bool:
+    """Whether the folder of an iteration is there already, in a root where a checkpoint may be.
+
+    Args:
+        root: Root of a Megatron checkpoint; it need not exist.
+        folder: The iteration's folder in it.
+
+    Raises:
+        ShardwayError: `destination-exists` when the root is a file, or a directory that holds something else.
+    """
+    if not root.exists():
+        return False
+    if not root.is_dir():
+        raise in_the_way(root, "it is not a directory", "choose another destination")
+    present = sorted(path.name for path in root.iterdir() if not is_leftover(path.name))
+    if present and not any(name in (TRACKER, "release") or name.startswith("iter_") for name in present):
+        listed = ", ".join(present[:4]) + (", ..." if len(present) > 4 else "")
+        raise in_the_way(root, f"it is not empty and no Megatron checkpoint: {listed}", "choose another destination")
+    return folder.exists() and any(folder.iterdir())
+
+
+def refuse_older(root: Path, folder: Path, iteration: int | None) -> None:
+    """Refuse to add an iteration below the one that the root is at.
+
+    Raises:
+        ShardwayError: `destination-exists`.
+    """
+    latest = tracked_iteration(root)
+    if latest is not None and (iteration is None or iteration < latest):
+        raise in_the_way(
+            root,
+            f"it is at iteration {latest}; writing {folder.name} there would turn the tracker back",
+            "choose another destination, or an iteration above that",
+        )
+
+
+def tracked_iteration(root: Path) -> int | None:
+    """The iteration that a root's tracker file names; None without one, or for a release."""
+    try:
+        text = (root / TRACKER).read_bytes().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() and len(text) < 10 else None
+
+
+def publish_tracker(root: Path, folder: Path, iteration: int | None, *, sync: bool) -> tuple[str, ...]:
+    """Let the root name an iteration, last of all; a later iteration keeps its place.
+
+    Args:
+        root: Root of the checkpoint.
+        folder: The iteration's folder, in place.
+        iteration: Its number; None for a release.
+        sync: Force the files to the device.
+
+    Returns:
+        What a user should know about it, one sentence each.
+
+    Raises:
+        ShardwayError: `io-failed`, or `no-space`.
+    """
+    latest = tracked_iteration(root)
+    if latest is not None and (iteration is None or iteration < latest):
+        return (f"the tracker still names iteration {latest}",)
+    write_file(root / LATEST_TRAIN_STATE, (folder / TRAIN_STATE).read_bytes(), sync=sync)
+    write_file(root / TRACKER, tracker_text(iteration), sync=sync)
+    return ()
