@@ -75,7 +75,8 @@ class CudaStage:
         self._num_bytes = 0
 
     def begin(self, source: torch.Tensor) -> None:
-        """Enqueue the copy on the stage's own stream."""
+        """Enqueue the copy on the stage's own stream, after what this thread has enqueued."""
+        self._stream.wait_stream(torch.cuda.current_stream(source.device))
         with torch.cuda.stream(self._stream):
             _place(self._buffer, source).copy_(source, non_blocking=True)
             source.record_stream(self._stream)

@@ -95,6 +95,11 @@ class LiveState:
         """Bytes of all local tensors."""
         return sum(shard.dtype.num_bytes(math.prod(shard.size)) for shard in self.shards)
 
+    @property
+    def devices(self) -> frozenset[torch.device]:
+        """The devices that tensors are on, leaving out those that are computed when they are wanted."""
+        return frozenset(source.device for source in self.sources.values() if isinstance(source, torch.Tensor))
+
     def tensor_of(self, shard: Shard) -> torch.Tensor:
         """The local tensor of a shard: a view of the model's own memory, of shape `shard.size`, contiguous or not.
 

@@ -85,7 +85,7 @@ def write_shards(
 
     *Ranks*: each that was assigned something, on its own; nothing here communicates.
     """
-    synchronise({state.tensor_of(shard).device for shard in shards})
+    synchronise(state.devices)
     files = _lay_out(state, shards, objects, rank, num_files, first_file)
     run = _Run(state, folder, on_progress, fsync=fsync)
     run.write(files)

@@ -60,7 +60,9 @@ def test_the_small_files_of_a_checkpoint() -> None:
     }
     common = read_torch_bytes(assembly.small_files["common.pt"], file="common.pt")
     assert common == {"checkpoint_version": 3.0, "iteration": 7, "content_metadata": CONTENT}
-    assert read_torch_bytes(assembly.small_files["train_state.pt"], file="train_state.pt")["step"].item() == 7
+    state = read_torch_bytes(assembly.small_files["train_state.pt"], file="train_state.pt")
+    assert isinstance(state, dict)
+    assert state["step"].item() == 7
     assert assembly.files == {"__0_0.distcp": 5000, "__1_0.distcp": 5001}
     assert assembly.digests == {("w", (0, 0)): "000000", ("w", (2, 0)): "010000", ("b", ()): "0002bc"}
     assert (assembly.num_tensors, assembly.num_elements, assembly.num_bytes) == (2, 25, 10_001)

@@ -20,7 +20,9 @@ def shard_of(key: str, tensor: torch.Tensor, *, replica: int = 0, start: tuple[i
 def test_a_tensor_is_the_memory_of_the_model() -> None:
     weight = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3).t())
     shard = shard_of("w", weight)
-    tensor = LiveState.of([(shard, weight)]).tensor_of(shard)
+    state = LiveState.of([(shard, weight)])
+    tensor = state.tensor_of(shard)
+    assert state.devices == {torch.device("cpu")}
     assert tensor.data_ptr() == weight.data_ptr()
     assert not tensor.requires_grad
     assert not tensor.is_contiguous()
@@ -70,6 +72,7 @@ def test_a_computed_tensor_is_computed_when_it_is_wanted() -> None:
 
     shard = shard_of("w", torch.zeros(2))
     state = LiveState.of([(shard, compute)])
+    assert not state.devices
     assert not calls
     assert state.tensor_of(shard).tolist() == [7, 7]
     copy = state.snapshot()
