@@ -143,6 +143,7 @@ def save_megatron(task: Mapping[str, Any], rank: int, num_ranks: int) -> None:
         _wait_for(folder / f"{rank - 1}.pickle" if rank else None)
         with collectives_forbidden():
             state = megatron_state(_wrapped(chunks), metadata=task.get("metadata"))
+            state = state.trimmed({key: tuple(shape) for key, shape in task.get("trim", {}).items()})
         own = [
             (one.key, tuple(one.global_offset), tuple(one.global_shape), _is_main(one))
             for one in _described(chunks, task)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
-from shardway.core.errors import Code, Problem, ShardwayError
+from shardway.core.errors import Code, Problem, Problems, ShardwayError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -139,6 +139,38 @@ class LiveState:
             what = f"this rank holds no object {key}"
             raise ShardwayError(Problem(code=Code.TENSOR_MISSING, what=what, tensor=key))
         return data
+
+    def trimmed(self, shapes: Mapping[str, Shape]) -> LiveState:
+        """A state without the padding of resizable tensors, which a loader puts back as zeros.
+
+        Megatron pads the vocabulary to a multiple that depends on the tensor-parallel size; a checkpoint without
+        that loads at any size, and exports. The tensors stay views of the same memory.
+
+        Args:
+            shapes: Wanted global shapes, by key; those of tensors that are not resizable are passed over.
+
+        Raises:
+            ShardwayError: `shape-mismatch` where a tensor would have to grow.
+        """
+        problems = Problems()
+        kept: list[tuple[Shard, Source]] = []
+        for shard in self.shards:
+            source = self.sources[shard.key, shard.start, shard.size]
+            shape = shapes.get(shard.key)
+            if shape is None or shard.key not in self.resizable or shape == shard.global_shape:
+                kept.append((shard, source))
+            elif shape[1:] != shard.global_shape[1:] or shape[0] > shard.global_shape[0]:
+                what = f"{shard.key} has a global shape of {list(shard.global_shape)}, wanted is {list(shape)}"
+                problems.add(Code.SHAPE_MISMATCH, what, tensor=shard.key)
+            elif (rows := min(shard.start[0] + shard.size[0], shape[0]) - shard.start[0]) > 0:
+                part = shard._replace(global_shape=shape, size=(rows, *shard.size[1:]))
+                kept.append((part, self.tensor_of(shard)[:rows]))
+        problems.raise_if_any()
+        return replace(
+            self,
+            shards=tuple(shard for shard, _ in kept),
+            sources={(shard.key, shard.start, shard.size): source for shard, source in kept},
+        )
 
     def snapshot(self, *, reuse: LiveState | None = None) -> LiveState:
         """A state of the same records on copies in host memory, so that the model may change while it is saved.

@@ -125,3 +125,30 @@ def test_a_snapshot_of_another_dtype_gets_new_memory() -> None:
     new = LiveState.of([(shard_of("w", half), half)]).snapshot(reuse=old)
     assert new.tensor_of(shard_of("w", half)).tolist() == [2] * 4
     assert old.tensor_of(shard).tolist() == [1] * 4
+
+
+def test_padding_is_trimmed_on_every_rank() -> None:
+    table = torch.arange(24.0).reshape(12, 2)
+    wanted: list[float] = []
+    for rank in range(4):
+        part = table[3 * rank : 3 * rank + 3]
+        shard = Shard("e", dtype_of_torch("float32"), (12, 2), (3 * rank, 0), (3, 2), 0)
+        state = LiveState.of([(shard, part)], resizable=["e"]).trimmed({"e": (7, 2), "other": (1,)})
+        for kept in state.shards:
+            assert kept.global_shape == (7, 2)
+            assert state.tensor_of(kept).data_ptr() == part.data_ptr()
+            wanted += state.tensor_of(kept).flatten().tolist()
+        assert len(state.shards) == (rank < 3)
+    assert wanted == table[:7].flatten().tolist()
+
+
+def test_only_padding_is_trimmed() -> None:
+    tensor = torch.zeros(100, 100)
+    shard = shard_of("e", tensor)
+    fixed = LiveState.of([(shard, tensor)])
+    assert fixed.trimmed({"e": (50, 100)}).shards == (shard,)
+    padded = LiveState.of([(shard, tensor)], resizable=["e"])
+    for shape in ((101, 100), (50, 99)):
+        with pytest.raises(ShardwayError) as caught:
+            padded.trimmed({"e": shape})
+        assert caught.value.code is Code.SHAPE_MISMATCH
