@@ -1,7 +1,7 @@
 """shardway: the way for model weights between Hugging Face (safetensors) and Megatron-Core (torch_dist).
 
 `import_hf` and `export_hf` convert checkpoints, `verify` compares two of any kind, `inspect` looks into one and `plan`
-says what a conversion would do. None of them needs torch, a GPU or a process group.
+says what a conversion would do. None of them needs torch, a GPU or a process group. `AutoBridge` saves live models.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 TYPE_CHECKING = False  # typing itself would take longer to import than everything here
 
 if TYPE_CHECKING:
+    from shardway.bridge.auto import AutoBridge
     from shardway.convert.exporting import export_hf
     from shardway.convert.importing import import_hf
     from shardway.convert.planning import PlanReport, plan
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 # Where each public name lives; imported on first use, so that `import shardway` costs next to nothing.
 _HOMES = {
+    "AutoBridge": "bridge.auto",
     "Code": "core.errors",
     "ConversionReport": "convert.report",
     "InspectReport": "verification.inspection",
@@ -38,6 +40,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AutoBridge",
     "Code",
     "ConversionReport",
     "InspectReport",

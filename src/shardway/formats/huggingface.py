@@ -176,6 +176,18 @@ def read_companions(root: Path) -> tuple[dict[str, object], tuple[SmallFile, ...
     return _read_config(root, tree), _sort_out(tree, set())[0]
 
 
+def read_small_files(root: Path) -> tuple[SmallFile, ...]:
+    """The files of a directory that are no weights, whether or not a model is among them.
+
+    Raises:
+        ShardwayError: `not-a-checkpoint` for what is no directory, `file-unreadable`.
+    """
+    problems = Problems()
+    tree = _walk(root, problems)
+    problems.raise_if_any()
+    return _sort_out(tree, set())[0]
+
+
 def _walk(root: Path, problems: Problems) -> _Tree:
     try:
         if not stat.S_ISDIR(root.stat().st_mode):

@@ -17,7 +17,7 @@ from shardway.run.files import failing, sync_directory
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-_TEMPORARY = re.compile(r"\..+\.shardway-\d+-[0-9a-f]{8}(-old)?", re.DOTALL)
+_TEMPORARY = re.compile(r"\..+\.shardway-(\d+-[0-9a-f]{8}(-old)?|live-.+)", re.DOTALL)
 
 
 class Staging:
@@ -114,6 +114,11 @@ class Staging:
 def is_leftover(name: str) -> bool:
     """Whether a name is one that a run which was killed may have left beside its destination."""
     return _TEMPORARY.fullmatch(name) is not None
+
+
+def live_staging_name(name: str, save: str) -> str:
+    """Name of the directory in which the ranks of a live save stage what will be called `name`."""
+    return f".{name}.shardway-live-{save}"
 
 
 def write_file(path: Path, contents: bytes, *, sync: bool) -> None:

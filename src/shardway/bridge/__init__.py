@@ -1,0 +1,1 @@
+"""AutoBridge: the calls that users of Megatron Bridge know."""
