@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
+    from shardway.core.boxes import Box
+    from shardway.core.tensors import Shape
+
 Array = npt.NDArray[Any]
 
 TAGS = {
@@ -256,6 +259,45 @@ def listing(*roots: Path) -> dict[str, tuple[int, bytes]]:
 def bits(tensors: Iterable[tuple[str, tuple[str, Array]]]) -> dict[str, Array]:
     """The bits alone of what `read_safetensors` returns."""
     return {name: array for name, (_, array) in tensors}
+
+
+def write_chunks(folder: Path, shapes: dict[str, Shape], chunked: dict[str, list[tuple[Box, Array]]]) -> None:
+    """Write a torch_dist folder with torch: each chunk by torch.save, the metadata with torch's own classes."""
+    import io
+    import pickle
+
+    import torch
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
+    folder.mkdir()
+    entries: dict[str, Any] = {}
+    places = {}
+    with (folder / "__0_0.distcp").open("wb") as file:
+        for name, chunks in chunked.items():
+            found = []
+            for box, array in chunks:
+                blob = io.BytesIO()
+                torch.save(torch.from_numpy(array.copy()).view(torch.bfloat16), blob)
+                places[MetadataIndex(name, torch.Size(box.start))] = _StorageInfo(
+                    "__0_0.distcp", file.tell(), blob.tell()
+                )
+                file.write(blob.getvalue())
+                found.append(ChunkStorageMetadata(torch.Size(box.start), torch.Size(box.size)))
+            properties = TensorProperties(dtype=torch.bfloat16)
+            entries[name] = TensorStorageMetadata(properties, torch.Size(shapes[name]), found)
+    (folder / ".metadata").write_bytes(pickle.dumps(Metadata(entries, storage_data=places)))
+    torch.save({"checkpoint_version": 3.0, "iteration": 1}, folder / "common.pt")
+    versions = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    (folder / "metadata.json").write_text(
+        json.dumps(versions | {"common_backend": "torch", "common_backend_version": 1})
+    )
 
 
 ARCHITECTURES: Sequence[str] = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
