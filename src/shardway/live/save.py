@@ -21,7 +21,6 @@ from shardway.families.mapping import map_model
 from shardway.formats.record import Record
 from shardway.live.dtensor import dtensor_state
 from shardway.live.folder import IterationFolder
-from shardway.live.megatron import megatron_state
 from shardway.live.rendezvous import save_together
 from shardway.live.saving import Needed, SaveIdentity, SaveOptions
 from shardway.run.publish import live_staging_name
@@ -208,6 +207,8 @@ def save_megatron_model(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     state = live_state(model, rank)
     mapping = _mapping(companions.config, state)
+    if mapping is not None:
+        state = state.trimmed({key: mapping.mcore[key] for key in state.resizable & mapping.mcore.keys()})
     if config.async_save:
         state = state.snapshot(reuse=reuse.state if reuse is not None and reuse.done() else None)
     folder = IterationFolder(
@@ -247,6 +248,8 @@ def live_state(model: nn.Module | Sequence[nn.Module], rank: int) -> LiveState:
     while isinstance(getattr(first, "module", None), torch.nn.Module):
         first = first.module  # type: ignore[attr-defined]
     if hasattr(first, "sharded_state_dict"):
+        from shardway.live.megatron import megatron_state  # megatron-core takes seconds to import
+
         return megatron_state(model)
     if not isinstance(model, torch.nn.Module):
         if len(model) != 1:
