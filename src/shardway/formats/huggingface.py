@@ -120,7 +120,7 @@ def open_huggingface(root: Path) -> HuggingFaceCheckpoint:
     """
     problems = Problems()
     tree = _walk(root, problems)
-    if CONFIG_FILE not in tree.names and not tree.top_level(*_NOT_CARRIED):
+    if CONFIG_FILE not in tree.names and (_is_megatron(root) or not tree.top_level(*_NOT_CARRIED)):
         raise ShardwayError(_not_a_checkpoint(root, "it has neither config.json nor weights"))
     config: dict[str, object] = {}
     index: dict[str, str] | None = None
@@ -229,18 +229,21 @@ def _walk_into(root: Path, parent: str, depth: int, tree: _Tree, problems: Probl
 
 
 def _not_a_checkpoint(root: Path, why: str) -> Problem:
-    try:
-        is_megatron = not _MEGATRON_FILES.isdisjoint(os.listdir(root))
-    except OSError:
-        is_megatron = False
     return Problem(
         code=Code.NOT_A_CHECKPOINT,
         what=f"{root} is not a Hugging Face checkpoint: {why}",
         file=root,
         cure="this is a Megatron checkpoint; convert it in the other direction"
-        if is_megatron
+        if _is_megatron(root)
         else "give the directory that holds config.json and the *.safetensors files",
     )
+
+
+def _is_megatron(root: Path) -> bool:
+    try:
+        return not _MEGATRON_FILES.isdisjoint(os.listdir(root))
+    except OSError:
+        return False
 
 
 def _read_config(root: Path, tree: _Tree) -> dict[str, object]:
