@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from shardway.families.rules import Rule
 
 
+_MOST_LAYERS = 100_000  # every layer is enumerated, so a config must not be able to ask for billions
+
+
 @dataclass(frozen=True, slots=True)
 class Field:
     """A config value that both sides have, under two names.
@@ -89,8 +92,11 @@ class Family:
                     )
                 )
             fallback = hidden // heads
+        layers = config.count("num_hidden_layers")
+        if layers > _MOST_LAYERS:
+            raise config.invalid("num_hidden_layers", layers, f"at most {_MOST_LAYERS}")
         return {
-            "L": config.count("num_hidden_layers"),
+            "L": layers,
             "H": hidden,
             "F": config.count("intermediate_size"),
             "V": config.count("vocab_size"),
