@@ -66,7 +66,8 @@ class Coordinator:
         self._awaited: set[int] = set()
         self._num_results = 0
         self._pulses: dict[int, _Pulse] = {}
-        self._action: int | None = None
+        self._given_at: dict[tuple[int, int], float] = {}
+        self._action: tuple[type[Action], int] | None = None
         self._moved = (-1, 0.0)
         self._totals = (0, 0)
 
@@ -237,11 +238,12 @@ class Coordinator:
         """Find writers that are lost, and give their work to others."""
         roster, now = self._roster, self._seat.clock()
         yield from self._feel_pulses(sorted({*roster.here(), *(share.number for share in outstanding)}))
-        overdue = {
-            share.number
-            for share in outstanding
-            if share.number in roster.dead or now - self._pulses[share.number].num_bytes_at > self._options.deadline_s
-        }
+        overdue = set()
+        for share in outstanding:
+            given_at = self._given_at.setdefault((share.entry, share.number), now)
+            moved_at = max(given_at, self._pulses[share.number].num_bytes_at)
+            if share.number in roster.dead or now - moved_at > self._options.deadline_s:
+                overdue.add(share.number)
         if not overdue:
             return
         here = roster.here(ledger.lost | overdue)
@@ -281,7 +283,7 @@ class Coordinator:
         """Everything is written: let the rest be written, and decide."""
         seat, roster = self._seat, self._roster
         results: list[WriterResult] = []
-        if self._action is None:
+        if not self._runs(Publish):
             for key, share in sorted(ledger.shares.items()):
                 result = WriterResult.from_bytes(self._results[key].written)
                 if not _as_assigned(ledger, share, result):
@@ -332,21 +334,26 @@ class Coordinator:
     def _do(self, action: Action, doing: str) -> Steps[tuple[Problem, ...] | None]:
         """Have an action done once. None while it runs, then its problems; one that makes no progress has failed."""
         seat = self._seat
-        if self._action is None:
-            self._action = yield from seat.start(action)
+        if self._action is None or not self._runs(type(action)):
+            self._action = type(action), (yield from seat.start(action))
             self._moved = (-1, seat.clock())
             return None
-        done = self.finished.get(self._action)
+        number = self._action[1]
+        done = self.finished.get(number)
         if done is not None:
             self._action = None
             seat.hurry()
             return () if done.error is None else verdicts.rank_failed(seat.part.rank, done.error, doing)
-        moved = seat.progress[self._action]
+        moved = seat.progress[number]
         if moved != self._moved[0]:
             self._moved = moved, seat.clock()
         if seat.clock() - self._moved[1] > self._options.deadline_s:
             return tuple(verdicts.stuck(seat.part.rank, doing, self._options.deadline_s))
         return None
+
+    def _runs(self, kind: type[Action]) -> bool:
+        """Whether the action in progress is of this kind; one of an earlier stage is no longer looked at."""
+        return self._action is not None and self._action[0] is kind
 
     def _used_keys(self) -> list[str]:
         keys = self._keys
