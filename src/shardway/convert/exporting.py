@@ -25,7 +25,7 @@ from shardway.run.engine import parse_workers
 from shardway.run.execute import check_apart, execute, preflight
 from shardway.run.progress import Meter
 from shardway.run.publish import Staging
-from shardway.verification.compare import compare_plan, compare_streams
+from shardway.verification.compare import check_readable, compare_plan, compare_streams
 from shardway.verification.opening import is_model_state
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ def export_hf(
         with Staging(target, sync=fsync) as staging:
             execute(plan, staging, job.companions, num_workers, meter.advance, job.digests)
             if verify:
+                check_readable(plan, staging.path)
                 compare_plan(plan, staging.path, num_workers, progress, job.digests)
             staging.publish()
     return ConversionReport(

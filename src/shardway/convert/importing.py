@@ -28,7 +28,7 @@ from shardway.run.engine import parse_workers
 from shardway.run.execute import check_apart, execute, preflight
 from shardway.run.progress import Meter
 from shardway.run.publish import Staging
-from shardway.verification.compare import check_copies, compare_plan
+from shardway.verification.compare import check_copies, check_readable, compare_plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -134,6 +134,7 @@ def import_hf(
         digests = execute(plan, staging, origin, num_workers, meter.advance, {})
         staging.write(RECORD_FILE, record.with_digests(digests).to_json())
         if verify:
+            check_readable(plan, staging.path)
             compare_plan(plan, staging.path, num_workers, progress, digests)
         _check_unchanged(checkpoint, record.source)
         staging.publish()

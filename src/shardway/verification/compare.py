@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.core.tensors import Catalog
 from shardway.core.tiles import addresses, identity, restrict
+from shardway.formats.huggingface import open_huggingface
+from shardway.formats.torch_dist import open_torch_dist
 from shardway.plans.model import Direction, Plan
 from shardway.run.engine import Engine, batches
 from shardway.run.files import Files
@@ -115,6 +117,33 @@ def compare_plan(
     ]
     if problems:
         raise ShardwayError(problems)
+
+
+def check_readable(plan: Plan, written: Path) -> None:
+    """Open what a plan wrote into a directory as any reader would, and find every tensor where it was planned.
+
+    Args:
+        plan: The import or export that was executed.
+        written: Where its files are now.
+
+    Raises:
+        ShardwayError: `verify-failed`, or what opening the checkpoint raises.
+    """
+    if plan.direction is Direction.IMPORT:
+        found, planned = open_torch_dist(written).catalog.tensors, plan.mcore.tensors
+    else:
+        found, planned = open_huggingface(written).catalog.tensors, plan.hf.tensors
+    differing = sorted(name for name in found.keys() | planned.keys() if found.get(name) != planned.get(name))
+    if differing:
+        raise ShardwayError(
+            Problem(
+                code=Code.VERIFY_FAILED,
+                what=f"{name} is not described as it was written",
+                tensor=name,
+                cure="the disk or memory may be faulty; nothing was published",
+            )
+            for name in differing
+        )
 
 
 class _Findings:
