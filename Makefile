@@ -22,6 +22,7 @@ venv: $(PACKAGE) ## Set up .venv with shardway alone: no torch
 	@echo "$(RUN)shardway is ready"
 
 demo: $(PACKAGE) ## Make a model of 0.5 GB, import, verify, export and verify it (KEEP=1 keeps the files)
+	@$(RUN)python -m compileall -q src
 	@$(RUN)python examples/demo.py $(if $(KEEP),--keep)
 
 test: lint types contracts unit ## Everything that has to pass
@@ -39,9 +40,9 @@ contracts: $(TOOLS) ## Which package may import which
 unit: $(TOOLS) ## Tests (ARGS="-k name -x" goes to pytest)
 	@$(RUN)python -m pytest -n $(JOBS) $(ARGS)
 
-bench: $(PACKAGE) ## Speed and memory beside cp (takes 20 GB of disk and minutes; ARGS="--sizes small" less of both)
-	@$(RUN)python benchmarks/convert.py $(ARGS)
-	@$(RUN)python benchmarks/startup.py
+bench: $(PACKAGE) ## Speed and memory beside cp (10 GB of disk, minutes; ARGS="--sizes small" needs less)
+	@$(RUN)python -m benchmarks.convert $(ARGS)
+	@$(RUN)python -m benchmarks.startup
 
 clean: ## Remove .venv, caches and what a demo or benchmark left
 	rm -rf $(VENV) demo-work bench-work dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

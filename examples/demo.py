@@ -18,10 +18,6 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from shardway.core.dtypes import BFLOAT16
 from shardway.formats.safetensors import lay_out
 from shardway.formats.sharding import index_json, shard_tensors
@@ -31,7 +27,7 @@ NUM_LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCABULARY = 12, 1024, 16, 4
 SHARD_BYTES = 150_000_000
 BLOCK_BYTES = 2**24
 
-console = Console(highlight=False)
+BOLD, DIM, CYAN, GREEN = "1", "2", "36", "32"
 
 
 class Step(NamedTuple):
@@ -46,30 +42,35 @@ class Step(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description="Show a model's way to Megatron-Core and back.")
     parser.add_argument("--keep", action="store_true", help=f"keep what was made in {WORK}")
-    keep = parser.parse_args().keep
+    parser.add_argument("--make", type=Path, metavar="DIR", help="make the model there and do nothing else")
+    arguments = parser.parse_args()
+    if arguments.make:
+        make_model(arguments.make)
+        return
     os.chdir(Path(__file__).resolve().parents[1])
     shutil.rmtree(WORK, ignore_errors=True)
     try:
         show()
     finally:
-        if not keep:
+        if not arguments.keep:
             shutil.rmtree(WORK, ignore_errors=True)
-    if keep:
-        console.print(f"\nEverything is in [bold]{WORK}[/].")
+    if arguments.keep:
+        say(f"Everything is in {WORK}.")
 
 
 def show() -> None:
     hf, megatron, back, copy = (str(WORK / name) for name in ("llama", "megatron", "llama-again", "copy"))
     title("A random model in the shape of a small Llama")
-    num_parameters, num_bytes = make_model(Path(hf))
-    console.print(
-        f"  {num_parameters / 1e6:,.0f} million parameters, bfloat16, {num_bytes / 1e6:,.0f} MB "
-        f"in {len(list(Path(hf).glob('*.safetensors')))} files: {hf}"
-    )
+    # Made by another process: this one stays small, since Linux counts its peak memory as that of what it starts.
+    subprocess.run([sys.executable, __file__, "--make", hf], check=True)
+    num_parameters = sum(math.prod(shape) for _, shape in shapes())
+    files = list(Path(hf).glob("*.safetensors"))
+    num_bytes = sum(file.stat().st_size for file in files)
+    say(f"  {num_parameters / 1e6:,.0f} million parameters, bfloat16, {num_bytes / 1e6:,.0f} MB in {len(files)} files")
     steps = []
 
-    title("The yardstick: a copy, and the wait until it is on disk")
-    steps.append(run("cp -r + sync", num_bytes, f"cp -r {hf} {copy}", f"sync -f {copy}"))
+    title("The yardstick: a copy, until it is on disk")
+    steps.append(run("cp -r, sync", num_bytes, f"cp -r {hf} {copy}", f"sync -f {copy}"))
     shutil.rmtree(copy)
 
     title("Hugging Face to Megatron-Core")
@@ -79,7 +80,7 @@ def show() -> None:
     steps.append(run("verify", num_bytes, f"shardway verify {hf} {megatron}"))
 
     title("What is in the checkpoint?")
-    run("inspect", num_bytes, f"shardway inspect {megatron}")
+    run("inspect", 0, f"shardway inspect {megatron}")
 
     title("Megatron-Core to Hugging Face")
     steps.append(run("export", num_bytes, f"shardway export {megatron} {back}"))
@@ -90,27 +91,32 @@ def show() -> None:
     summary(steps)
 
 
+def say(text: str, style: str = "") -> None:
+    """Print a line, in colour where it is read on a terminal."""
+    print(f"\033[{style}m{text}\033[0m" if style and sys.stdout.isatty() else text, flush=True)
+
+
 def title(text: str) -> None:
-    console.print(f"\n[bold]{text}[/]")
+    say(f"\n{text}", BOLD)
 
 
 def run(name: str, num_bytes: int, *commands: str) -> Step:
     """Run commands as a user would type them, and say what they cost together; a failure ends the demo."""
     for command in commands:
-        console.print(f"  [dim]$[/] [cyan]{command}[/]")
+        say(f"$ {command}", CYAN)
     began = time.perf_counter()
     peak = 0
     for command in commands:
         program, *arguments = shlex.split(command)
         beside = Path(sys.executable).with_name(program)
-        process = subprocess.Popen([str(beside) if beside.exists() else program, *arguments])
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            sys.exit(f"{command}: exit code {process.returncode}")
+        path = str(beside) if beside.exists() else program
+        _, status, usage = os.wait4(os.posix_spawnp(path, [program, *arguments], os.environ), 0)
+        if status:
+            sys.exit(f"{command}: exit code {os.waitstatus_to_exitcode(status)}")
         peak = max(peak, usage.ru_maxrss * 1024)
     step = Step(name, time.perf_counter() - began, peak, num_bytes)
-    console.print(f"  [green]{step.seconds:.2f} s, {rate(step)}, peak memory {peak / 1e6:.0f} MB[/]")
+    speed = f"{rate(step)}, " if num_bytes else ""
+    say(f"  {step.seconds:.2f} s, {speed}peak memory {peak / 1e6:.0f} MB", GREEN)
     return step
 
 
@@ -119,24 +125,16 @@ def rate(step: Step) -> str:
 
 
 def summary(steps: list[Step]) -> None:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("command", "time", "speed", "peak memory", "beside cp"):
-        table.add_column(heading, justify="left" if heading == "command" else "right")
+    print()
+    say(f"{'':<14}{'time':>8}{'speed':>12}{'peak memory':>14}{'beside cp':>12}", DIM)
     for step in steps:
-        table.add_row(
-            step.name,
-            f"{step.seconds:.2f} s",
-            rate(step),
-            f"{step.peak_bytes / 1e6:.0f} MB",
-            f"{step.seconds / steps[0].seconds:.2f} x",
-        )
-    console.print()
-    console.print(table)
-    console.print("The whole model was never in memory, and no torch was needed.")
+        ratio = step.seconds / steps[0].seconds
+        print(f"{step.name:<14}{step.seconds:>6.2f} s{rate(step):>12}{step.peak_bytes / 1e6:>11.0f} MB{ratio:>10.2f} x")
+    say("\nBoth ways the bits are those of the source, every file is on disk, and no torch was needed.", BOLD)
 
 
-def make_model(folder: Path) -> tuple[int, int]:
-    """Write a model of random weights; returns its parameters and the bytes of its files."""
+def make_model(folder: Path) -> None:
+    """Write a model of random weights."""
     folder.mkdir(parents=True)
     tensors = [(name, BFLOAT16, shape) for name, shape in shapes()]
     shards = shard_tensors(tensors, SHARD_BYTES)
@@ -152,7 +150,6 @@ def make_model(folder: Path) -> tuple[int, int]:
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2))
     subprocess.run(["sync", "-f", str(folder)], check=True)
-    return sum(math.prod(shape) for _, shape in shapes()), sum(file.stat().st_size for file in folder.iterdir())
 
 
 def random_weights(num_bytes: int) -> bytes:
