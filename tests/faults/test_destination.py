@@ -324,7 +324,7 @@ class TestReuseAndReplace:
         def exchange(*_: object) -> None:
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
 
-        monkeypatch.setattr(publish, "_exchange", exchange)
+        monkeypatch.setattr(publish, "exchange", exchange)
         refused(tmp_path, "io-failed", lambda: shardway.import_hf(hf, mcore, if_exists="replace"))
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from shardway.core.errors import Code, Problem, ShardwayError
-from shardway.formats.huggingface import CONFIG_FILE, read_companions
+from shardway.families.registry import FAMILIES
+from shardway.formats.huggingface import CONFIG_FILE, read_companions, read_small_files
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -60,12 +61,17 @@ class AutoBridge:
         """The bridge of a config alone.
 
         Args:
-            config: A transformers ``PretrainedConfig``, or the content of a config.json.
+            config: A transformers ``PretrainedConfig``, or the content of a config.json. Where it names no model
+                class, as one that was not read from a model doesn't, that of its ``model_type`` is taken.
 
         *Ranks*: local.
         """
         values = dict(config.to_dict() if hasattr(config, "to_dict") else config)
-        return cls(values, {CONFIG_FILE: (json.dumps(values, indent=2, sort_keys=True, default=str) + "\n").encode()})
+        if not values.get("architectures"):
+            known = (family.architectures for family in FAMILIES if family.name == values.get("model_type"))
+            values["architectures"] = list(next(known, ()))[:1] or None
+        text = json.dumps(values, indent=2, sort_keys=True, default=str) + "\n"
+        return cls(json.loads(text), {CONFIG_FILE: text.encode()})
 
     def save_megatron_model(
         self,
@@ -130,7 +136,9 @@ class AutoBridge:
         )
         files = dict(self.files)
         if hf_tokenizer_path is not None:
-            files |= _tokenizer_files(_directory(hf_tokenizer_path))
+            root = _directory(hf_tokenizer_path)
+            files = {name: file for name, file in files.items() if not _is_tokenizer(name)}
+            files |= {file.name: root / file.name for file in read_small_files(root) if _is_tokenizer(file.name)}
         saved = save_megatron_model(
             model,
             path,
@@ -146,14 +154,8 @@ class AutoBridge:
         return saved
 
 
-def _tokenizer_files(root: Path) -> dict[str, Path | bytes]:
-    from shardway.formats.huggingface import read_small_files
-
-    return {
-        file.name: root / file.name
-        for file in read_small_files(root)
-        if file.name.startswith(_TOKENIZER) or file.name.endswith(_TOKENIZER_SUFFIXES)
-    }
+def _is_tokenizer(name: str) -> bool:
+    return name.startswith(_TOKENIZER) or name.endswith(_TOKENIZER_SUFFIXES)
 
 
 def _directory(path: str | os.PathLike[str]) -> Path:

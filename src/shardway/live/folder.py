@@ -6,7 +6,9 @@ import contextlib
 import errno
 import json
 import os
+import secrets
 import shutil
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +20,7 @@ from shardway.live.writer import write_shards
 from shardway.plans.imports import HF_FOLDER
 from shardway.run.destination import holds_checkpoint, in_the_way, publish_tracker, refuse_older
 from shardway.run.files import failing, sync_directory
-from shardway.run.publish import live_staging_name, write_file
+from shardway.run.publish import exchange, live_staging_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,8 +34,9 @@ if TYPE_CHECKING:
     from shardway.live.written import WriterResult
 
 _MANIFEST = "manifest.json"
-_GONE = {errno.ENOENT, errno.ENOTDIR}
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY}
+_ASIDE = "-old"  # `exchange` calls so what it puts aside on filesystems that can't exchange
+_TURNS = 40  # with the pauses between them about eight seconds, while another rank is at it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +57,7 @@ class IterationFolder:
         replace: Whether an iteration folder that is there already gives way.
         writers: Files, and threads, with which this rank writes.
         sync: Force everything to the device before it is published.
+        made: The root and the directories above it that were not there when the save began, innermost first.
 
     *Ranks*: each method says which.
     """
@@ -68,6 +72,7 @@ class IterationFolder:
     replace: bool
     writers: int
     sync: bool
+    made: tuple[Path, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -131,7 +136,7 @@ class IterationFolder:
             record=self.record,
         )
         for name, num_bytes in assembly.files.items():
-            with failing("look at what a rank wrote", path / name):
+            with failing(f"look for {num_bytes:,} bytes that a rank wrote", path / name):
                 found = (path / name).stat().st_size
             if found != num_bytes:
                 raise ShardwayError(
@@ -143,69 +148,104 @@ class IterationFolder:
                         cure="do all ranks see the same filesystem at this path?",
                     )
                 )
-        target = path / _attempt(tag)
+        target = path / _mark(staging, tag)
+        directories = {target}
         for name, contents in assembly.small_files.items():
-            write_file(target / name, contents, sync=self.sync)
+            directories |= _write(target, name, contents, sync=self.sync)
             report(len(contents))
         for name, source in self.companions.items():
-            with failing(f"read {source}", target) if not isinstance(source, bytes) else contextlib.nullcontext():
-                contents = source if isinstance(source, bytes) else source.read_bytes()
-            write_file(target / HF_FOLDER / name, contents, sync=self.sync)
+            if isinstance(source, bytes):
+                contents = source
+            else:
+                with failing("read a file for the hf folder", source):
+                    contents = source.read_bytes()
+            directories |= _write(target, f"{HF_FOLDER}/{name}", contents, sync=self.sync)
             report(len(contents))
         belong = [*assembly.files, *assembly.small_files, *([HF_FOLDER] if self.companions else [])]
-        write_file(target / _MANIFEST, json.dumps(belong).encode(), sync=self.sync)
+        _write(target, _MANIFEST, json.dumps(belong).encode(), sync=self.sync)
         if self.sync:
-            sync_directory(path)
+            for directory in (*sorted(directories, reverse=True), path):
+                sync_directory(directory)
 
     def finish(self, staging: str, tag: str, report: Report) -> None:
         """Rename the staging folder into place and let the root name it; done already is success.
 
-        Several ranks may do this at once, and any of them may be killed at any point of it.
+        Several ranks may do this at once, and any of them may be killed at any point of it. What makes that safe is
+        that each takes the staging folder over by renaming it to a name of its own: of two, one succeeds, and who
+        was overtaken has nothing left under the name that it goes on to use. The new folder is told from an old one
+        that it replaced by the directory of its attempt, which is removed last.
 
         Raises:
-            ShardwayError: `io-failed`.
+            ShardwayError: `io-failed`; `destination-exists` when something else has come to lie there meanwhile.
 
         *Ranks*: any.
         """
-        path = self._staging(staging)
+        mark = _mark(staging, tag)
         with failing("publish", self.folder):
-            self._take_place(path, self._aside(staging), path / _attempt(tag))
-        report(1)
+            self._take_place(staging, mark)
+            report(1)
+            for path in self._staged(staging):
+                if not path.name.endswith(_ASIDE):  # of a rank that may be in the middle of two renames
+                    shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(self.folder / mark, ignore_errors=True)
         publish_tracker(self.root, self.folder, self.iteration, sync=self.sync)
         if self.sync:
             sync_directory(self.root)
 
     def abandon(self, staging: str) -> None:
-        """Remove the staging folder, and the root if this save has made it; never raises.
+        """Remove the staging folder, and what directories above it this save has made; never raises.
 
         *Ranks*: every participant.
         """
         shutil.rmtree(self._staging(staging), ignore_errors=True)
         with contextlib.suppress(OSError):
-            self.root.rmdir()  # succeeds only when it is empty
+            for directory in self.made:
+                directory.rmdir()  # succeeds only when it is empty
 
     def _staging(self, staging: str) -> Path:
         return self.root / live_staging_name(self.folder.name, staging)
 
-    def _aside(self, staging: str) -> Path:
-        return self.root / live_staging_name(self.folder.name, f"{staging}-old")
+    def _staged(self, staging: str) -> list[Path]:
+        """The staging folder under whatever name it has now, and those that it has replaced."""
+        name = self._staging(staging).name
+        return [
+            self.root / each for each in sorted(os.listdir(self.root)) if each == name or each.startswith(f"{name}-")
+        ]
 
-    def _take_place(self, path: Path, aside: Path, attempt: Path) -> None:
-        moved = False
+    def _take_place(self, staging: str, mark: str) -> None:
+        """Return when the new folder is in its place, whoever has put it there."""
+        own = self._staging(staging)
+        own = own.with_name(f"{own.name}-{secrets.token_hex(4)}")
+        for turn in range(_TURNS):
+            time.sleep(0.01 * turn)  # another rank is at it: let it
+            staged = self._staged(staging)
+            new = next((path for path in staged if (path / mark).is_dir()), None)
+            if new is None:
+                if staged == self._staged(staging) and self.folder.is_dir():
+                    return
+                continue
+            with contextlib.suppress(FileNotFoundError):  # taken over by another rank
+                new.rename(own)
+                _tidy(own, mark)
+                if self.sync:
+                    sync_directory(own)
+                self._put(own)
+                shutil.rmtree(own, ignore_errors=True)  # what was replaced, if anything was
+                return
+        raise FileNotFoundError(errno.ENOENT, "what was staged has vanished", os.fspath(self.folder))
+
+    def _put(self, new: Path) -> None:
+        """Rename the new folder into place, or exchange it for what is there."""
         try:
-            _tidy(path, attempt)
-            if self.replace and path.exists():
-                moved = _put_aside(self.folder, aside)
-            path.rename(self.folder)
+            new.rename(self.folder)
         except OSError as error:
-            if error.errno not in _GONE | _TAKEN or path.exists():
+            if error.errno not in _TAKEN:
                 raise
-            # Another rank was faster: the staging folder has become the iteration's. What this one put aside after
-            # that was the new folder, which then goes back.
-            if moved and not self.folder.exists():
-                aside.rename(self.folder)
-        else:
-            shutil.rmtree(aside, ignore_errors=True)
+            if not self.replace:
+                raise in_the_way(
+                    self.folder, "something has come to lie there", "move it away, and save again"
+                ) from error
+            exchange(new, self.folder)
 
     def _kinds(self, results: Sequence[WriterResult]) -> Mapping[str, tuple[DType, Shape]]:
         """What must be there: what is known to belong to the model, and all that the ranks brought."""
@@ -214,34 +254,38 @@ class IterationFolder:
         return known | {shard.key: (shard.dtype, shard.global_shape) for shard in items}
 
 
-def _tidy(path: Path, attempt: Path) -> None:
+def _tidy(path: Path, mark: str) -> None:
     """Leave in the staging folder the files of the attempt's manifest alone, under their names."""
-    manifest = attempt / _MANIFEST
-    if manifest.exists():
-        belong = {*json.loads(manifest.read_bytes()), attempt.name}
-        for name in os.listdir(path):
-            if name not in belong:
-                _remove(path / name)
-        for name in os.listdir(attempt):
-            if name != _MANIFEST:
-                with contextlib.suppress(FileNotFoundError):  # moved by another rank
-                    (attempt / name).rename(path / name)
-        manifest.unlink(missing_ok=True)
-    shutil.rmtree(attempt, ignore_errors=True)
+    belong = {*json.loads((path / mark / _MANIFEST).read_bytes()), mark}
+    for name in os.listdir(path):
+        if name not in belong:
+            _remove(path / name)
+    for name in os.listdir(path / mark):
+        if name != _MANIFEST:
+            (path / mark / name).rename(path / name)
 
 
-def _put_aside(folder: Path, aside: Path) -> bool:
-    try:
-        folder.rename(aside)
-    except OSError as error:
-        if error.errno not in _GONE | _TAKEN:  # nothing to put aside, or done by another rank
-            raise
-        return False
-    return True
+def _write(target: Path, name: str, contents: bytes, *, sync: bool) -> set[Path]:
+    """Write a file below the attempt's own directory; never create what is above that, which others may have moved.
+
+    Returns:
+        The directories that lead to it.
+    """
+    path = target / name
+    directories = [*reversed(path.relative_to(target.parent).parents)][1:]
+    with failing(f"write {len(contents):,} bytes", path):
+        for directory in directories:
+            (target.parent / directory).mkdir(exist_ok=True)
+        with path.open("wb") as file:
+            file.write(contents)
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+    return {target.parent / directory for directory in directories}
 
 
-def _attempt(tag: str) -> str:
-    return f".publish-{tag}"
+def _mark(staging: str, tag: str) -> str:
+    return f".publish-{staging}-{tag}"
 
 
 def _remove(path: Path) -> None:

@@ -23,6 +23,7 @@ from shardway.live.dtensor import dtensor_state
 from shardway.live.folder import IterationFolder
 from shardway.live.rendezvous import save_together
 from shardway.live.saving import Needed, SaveIdentity, SaveOptions
+from shardway.run.files import failing
 from shardway.run.publish import live_staging_name
 
 if TYPE_CHECKING:
@@ -184,8 +185,8 @@ def save_megatron_model(
         path: Root of the checkpoint, on a filesystem that all ranks see.
         companions: Config and small files of the Hugging Face model.
         config: How to go about it; the same on every rank.
-        participants: Ranks that have to come when the config's architecture is unknown (default: all of the job);
-            else the ranks for which the save waits a moment, to share the work.
+        participants: Ranks that have to come when the config's architecture is unknown; else the ranks for which the
+            save waits a moment, to share the work, and that an error names as absent. Default: all of the job.
         store: Where the ranks meet: a `torch.distributed.Store`; None for the job's own; ``"file"`` for a file in
             `path`, which needs no living host.
         iteration: Number of the iteration folder.
@@ -203,7 +204,11 @@ def save_megatron_model(
     """
     config = config or CheckpointConfig()
     companions = companions or Companions()
+    if isinstance(iteration, bool) or not isinstance(iteration, int) or iteration < 0:
+        what = f"iteration={iteration!r}; expected an integer, 0 or more"
+        raise ShardwayError(Problem(code=Code.OPTION_INVALID, what=what))
     root = Path(os.path.abspath(path))
+    made = tuple(directory for directory in (root, *root.parents) if not directory.exists())
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     state = live_state(model, rank)
     mapping = _mapping(companions.config, state)
@@ -222,9 +227,8 @@ def save_megatron_model(
         replace=config.if_exists == "replace",
         writers=config.writers_per_rank,
         sync=config.fsync,
+        made=made,
     )
-    if participants is None and mapping is None:
-        participants = range(world)
     job = _Job(
         store=_meeting_place(store, root),
         options=SaveOptions(
@@ -233,7 +237,7 @@ def save_megatron_model(
             deadline_s=60.0 * (config.distributed_timeout_minutes or _DEFAULT_TIMEOUT_MINUTES),
             grace_s=config.grace_seconds,
         ),
-        participants=None if participants is None else tuple(participants),
+        participants=tuple(range(world) if participants is None else participants),
         agreement=_agreement(config, mapping, state),
     )
     return AsyncSave(folder, job) if config.async_save else job.run(folder)
@@ -265,7 +269,7 @@ class _Job:
 
     store: StoreLike | None
     options: SaveOptions
-    participants: tuple[int, ...] | None
+    participants: tuple[int, ...]
     agreement: Mapping[str, str]
 
     def run(self, folder: IterationFolder) -> SaveReport:
@@ -328,7 +332,8 @@ def _agreement(config: CheckpointConfig, mapping: ModelMapping | None, state: Li
 
 def _meeting_place(store: StoreLike | Literal["file"] | None, root: Path) -> StoreLike | None:
     if store == "file":
-        root.mkdir(parents=True, exist_ok=True)
+        with failing("create directory", root, Code.DESTINATION_UNWRITABLE):
+            root.mkdir(parents=True, exist_ok=True)
         made: StoreLike = dist.FileStore(str(root / live_staging_name("save", "store")), -1)  # type: ignore[attr-defined]
         return made
     if store is None and dist.is_initialized():

@@ -93,7 +93,7 @@ class Staging:
                 sync_directory(Path(directory))
         with failing("publish", self.destination):
             if _is_filled(self.destination):
-                _exchange(self.path, self.destination)
+                exchange(self.path, self.destination)
                 self._published = True
                 shutil.rmtree(self.path, ignore_errors=True)
             else:
@@ -119,6 +119,33 @@ def is_leftover(name: str) -> bool:
 def live_staging_name(name: str, save: str) -> str:
     """Name of the directory in which the ranks of a live save stage what will be called `name`."""
     return f".{name}.shardway-live-{save}"
+
+
+def exchange(staged: Path, destination: Path) -> None:
+    """Swap two directories in one step where the kernel and filesystem can, else in three renames.
+
+    Between those, what was at the destination is called as `staged` with ``-old`` after it.
+
+    Raises:
+        OSError: Both are then as they were.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    renameat2 = getattr(libc, "renameat2", None)
+    if renameat2 is not None:
+        done = renameat2(_AT_FDCWD, os.fsencode(staged), _AT_FDCWD, os.fsencode(destination), _RENAME_EXCHANGE)
+        if done == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+            raise OSError(code, os.strerror(code))
+    aside = staged.with_name(f"{staged.name}-old")
+    destination.rename(aside)
+    try:
+        staged.rename(destination)
+    except OSError:
+        aside.rename(destination)
+        raise
+    aside.rename(staged)
 
 
 def write_file(path: Path, contents: bytes, *, sync: bool) -> None:
@@ -149,27 +176,6 @@ def write_file(path: Path, contents: bytes, *, sync: bool) -> None:
 
 def _is_filled(path: Path) -> bool:
     return path.is_dir() and any(path.iterdir())
-
-
-def _exchange(staged: Path, destination: Path) -> None:
-    """Swap two directories in one step where the kernel and filesystem can, else in two renames."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    renameat2 = getattr(libc, "renameat2", None)
-    if renameat2 is not None:
-        done = renameat2(_AT_FDCWD, os.fsencode(staged), _AT_FDCWD, os.fsencode(destination), _RENAME_EXCHANGE)
-        if done == 0:
-            return
-        code = ctypes.get_errno()
-        if code not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
-            raise OSError(code, os.strerror(code))
-    aside = staged.with_name(f"{staged.name}-old")
-    destination.rename(aside)
-    try:
-        staged.rename(destination)
-    except OSError:
-        aside.rename(destination)
-        raise
-    aside.rename(staged)
 
 
 def _sync_file(path: Path) -> None:
