@@ -13,7 +13,7 @@ import math
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from shardway.core.boxes import Box, CoverFault, exact_cover, row_major_strides
+from shardway.core.boxes import Box, CoverFault, exact_cover, row_major_strides, whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -195,7 +195,8 @@ def cover_fault(shape: Shape, tiles: Sequence[Tile], *, mcore: bool) -> CoverFau
         mcore: Which side of the tiles is meant.
 
     Returns:
-        None when every element has exactly one tile, else a box of the tensor that has none or several.
+        None when every element has exactly one tile, else a box of the tensor that has none or several (`times` is -1
+        where a tile lies outside the tensor).
     """
     sides = ((tile.sizes, tile.mcore if mcore else tile.hf) for tile in tiles)
     return _fault(shape, [(sizes, side.base, side.steps) for sizes, side in sides])
@@ -229,6 +230,8 @@ def _inner(steps: Steps) -> Steps:
 
 @lru_cache(maxsize=256)
 def _fault_of(shape: Shape, grids: tuple[_Grid, ...]) -> CoverFault | None:
+    if any(len(base) != len(shape) for _, base, _ in grids):
+        return CoverFault(whole(shape), -1)
     patterns = [_pattern(grid, len(shape)) for grid in grids]
     splits = [_split_of(axis, extent, patterns) for axis, extent in enumerate(shape)]
     view = tuple(n for extent, split in zip(shape, splits, strict=True) for n in ((extent // split), split))
