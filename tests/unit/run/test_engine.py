@@ -1,0 +1,150 @@
+"""Threads that work through batches."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+
+from shardway.core.boxes import Box
+from shardway.core.dtypes import UINT8
+from shardway.core.errors import Code, Problem, ShardwayError
+from shardway.core.tensors import Chunk
+from shardway.plans.model import Stream
+from shardway.run import engine
+from shardway.run.engine import Batch, Engine, batches, parse_workers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def stream(file: str, number: int, num_bytes: int = 1) -> Stream:
+    box = Box((0,), (num_bytes,))
+    return Stream(f"{file}.{number}", UINT8, box, (Chunk((0,), (num_bytes,), file, number),), ())
+
+
+def file_of(found: Stream) -> str:
+    return found.chunks[0].file
+
+
+class Worker:
+    def __init__(self, work: Callable[[Stream], None]) -> None:
+        self.move = work
+
+
+def test_batches_keep_the_order_within_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_BATCH_BYTES", 10)
+    streams = [stream(file, number, 4) for number in range(7) for file in ("a", "b")]
+    found = batches(streams, file_of)
+    for file in ("a", "b"):
+        mine = [batch for batch in found if batch.file == file]
+        assert [[s.tensor for s in batch.streams] for batch in mine] == [
+            [f"{file}.0", f"{file}.1", f"{file}.2"],
+            [f"{file}.3", f"{file}.4", f"{file}.5"],
+            [f"{file}.6"],
+        ]
+
+
+@pytest.mark.parametrize("num_workers", [1, 3, 50])
+def test_everything_is_done_once_and_files_are_told_of_at_their_end(num_workers: int) -> None:
+    work = [Batch(file, (stream(file, k), stream(file, k + 100))) for k in range(20) for file in "abc"]
+    done: list[str] = []
+    finished: list[tuple[str, int]] = []
+    lock = threading.Lock()
+
+    def move(found: Stream) -> None:
+        with lock:
+            done.append(found.tensor)
+
+    def finish(file: str) -> None:
+        with lock:
+            finished.append((file, sum(name.startswith(file) for name in done)))
+
+    Engine(work, lambda: Worker(move), num_workers, finish).run()
+    assert sorted(done) == sorted(s.tensor for batch in work for s in batch.streams)
+    assert sorted(finished) == [("a", 40), ("b", 40), ("c", 40)]
+
+
+def test_nothing_to_do() -> None:
+    Engine([], lambda: Worker(lambda _: None), 4).run()
+
+
+def test_threads_prefer_files_of_their_own() -> None:
+    """Two threads that write one file wait for each other in the kernel."""
+    work = [Batch(file, (stream(file, k),)) for file in "ab" for k in range(10)]
+    together = threading.Barrier(2, timeout=30)
+    pairs: list[set[str]] = []
+    current: set[str] = set()
+    lock = threading.Lock()
+
+    def move(found: Stream) -> None:
+        together.wait()
+        with lock:
+            current.add(found.chunks[0].file)
+        if together.wait() == 0:
+            pairs.append(set(current))
+            current.clear()
+        together.wait()
+
+    Engine(work, lambda: Worker(move), 2).run()
+    assert pairs == [{"a", "b"}] * 10
+
+
+def test_an_error_stops_the_others() -> None:
+    work = [Batch("a", tuple(stream("a", k) for k in range(1000))), Batch("b", (stream("b", 0),))]
+    failed = threading.Event()
+    moved: list[str] = []
+
+    def move(found: Stream) -> None:
+        if found.chunks[0].file == "b":
+            failed.set()
+            raise ShardwayError(Problem(code=Code.IO_FAILED, what="broken"))
+        assert failed.wait(30)
+        moved.append(found.tensor)
+
+    with pytest.raises(ShardwayError, match="broken"):
+        Engine(work, lambda: Worker(move), 2).run()
+    assert len(moved) < 1000
+
+
+def test_the_same_problem_is_told_once_and_others_beside_it() -> None:
+    together = threading.Barrier(3, timeout=30)
+
+    def move(found: Stream) -> None:
+        together.wait()
+        raise ShardwayError(Problem(code=Code.IO_FAILED, what="one" if found.chunks[0].file == "a" else "other"))
+
+    work = [Batch(file, (stream(file, 0),)) for file in "abc"]
+    with pytest.raises(ShardwayError) as caught:
+        Engine(work, lambda: Worker(move), 3).run()
+    assert sorted(problem.what for problem in caught.value.problems) == ["one", "other"]
+
+
+def test_a_defect_is_not_hidden_by_a_problem() -> None:
+    together = threading.Barrier(2, timeout=30)
+
+    def move(found: Stream) -> None:
+        together.wait()
+        if found.chunks[0].file == "a":
+            raise ZeroDivisionError
+        raise ShardwayError(Problem(code=Code.IO_FAILED, what="other"))
+
+    with pytest.raises(ZeroDivisionError):
+        Engine([Batch(file, (stream(file, 0),)) for file in "ab"], lambda: Worker(move), 2).run()
+
+
+def test_a_worker_that_can_not_be_made() -> None:
+    def make() -> Worker:
+        raise ShardwayError(Problem(code=Code.IO_FAILED, what="no buffer"))
+
+    with pytest.raises(ShardwayError, match="no buffer"):
+        Engine([Batch("a", (stream("a", 0),))], make, 2).run()
+
+
+def test_number_of_workers() -> None:
+    assert 1 <= parse_workers(None) <= 16
+    assert parse_workers(256) == 256
+    for wrong in (0, -1, 257, True):
+        with pytest.raises(ShardwayError, match="from 1 to 256"):
+            parse_workers(wrong)
