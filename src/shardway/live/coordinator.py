@@ -121,7 +121,7 @@ class Coordinator:
         if not self._roster.arrivals.keys() >= set(entry.holders):
             return False
         if self._ledger is None:
-            self._ledger = Ledger(self._roster.fresh_holdings(entry.holders))
+            self._ledger = Ledger(self._roster.holdings_of(entry.holders))
         self._ledger.apply(entry, self._roster.arrivals, self._roster.tables)
         return True
 
@@ -162,7 +162,7 @@ class Coordinator:
             if disagreements:
                 yield from self._decide(Decision(problems=tuple(disagreements)))
                 return
-            complete = self._everyone_needed(here) and roster.holdings().complete()
+            complete = self._everyone_needed(here) and roster.complete()
             self._complete_at = (self._complete_at or now) if complete else None
         if self._complete_at is None:
             if now - seat.began_at > self._options.deadline_s:
@@ -193,15 +193,16 @@ class Coordinator:
         absent = sorted(set(part.needed.participants or ()) - set(roster.ranks(roster.arrivals)))
         asked = absent[:_ASKED_ELSEWHERE]
         found = yield from get(*(place_key(rank) for rank in asked))
+        recent = self._seat.wall() - 2 * self._options.deadline_s
         elsewhere = {}
         for rank, data in zip(asked, found, strict=True):
-            staging, destination, iteration = json.loads(data) if data else (self._seat.staging, "", 0)
-            if staging != self._seat.staging:
-                elsewhere[rank] = f"{destination} (iteration {iteration})"
-        holdings = roster.holdings()
+            if data:
+                staging, destination, iteration, since = json.loads(data)
+                if staging != self._seat.staging and since > recent:
+                    elsewhere[rank] = f"{destination} (iteration {iteration})"
         return verdicts.incomplete(
-            holdings.gaps(),
-            holdings.num_keys,
+            roster.gaps(),
+            len(roster.known()),
             arrived=arrived,
             absent=absent,
             died=sorted(set(roster.ranks(roster.arrivals)) - set(arrived)),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.core.boxes import Box, exact_cover, whole
@@ -134,15 +133,11 @@ class Holdings:
             self.units.append(Unit(record.key, None, record.num_bytes))
         return number
 
-    def all_needed(self) -> Needed:
-        """What is needed, and everything that was brought."""
-        tensors: dict[str, tuple[DType | None, Shape]] = {**(self._needed.tensors or {}), **self._kinds}
-        return replace(self._needed, tensors=tensors, objects=self._needed.objects | self._objects.keys())
-
-    @property
-    def num_keys(self) -> int:
-        """Tensors and objects that the checkpoint has to have, as far as is known."""
-        return len(self._lacking) + len(self._objects.keys() | self._needed.objects)
+    def known(self) -> dict[str, Shape | None]:
+        """Every tensor (with its shape) and object (None) that is needed, or that is held in part."""
+        found: dict[str, Shape | None] = {key: self._shape(key) for key in self._lacking}
+        found.update(dict.fromkeys((*self._needed.objects, *self._objects)))
+        return found
 
     def gaps(self) -> list[Gap]:
         """Every tensor and object of which some part is held by nobody; empty when the model is complete."""
@@ -165,10 +160,17 @@ class Holdings:
         """Units that together are every element exactly once, and every object.
 
         Shards of replicas are equal boxes. Where boxes overlap otherwise, the larger ones are chosen.
+
+        Raises:
+            ValueError: The model is not complete.
         """
         numbers = list(self._objects.values())
-        for key, boxes in self._boxes.items():
-            numbers += [boxes[box] for box in _tiling(self._shape(key), boxes)[0]]
+        for key in self._lacking:
+            boxes = self._boxes.get(key, {})
+            tiles, gap = _tiling(self._shape(key), boxes)
+            if gap is not None:
+                raise ValueError(str(gap._replace(key=key)))
+            numbers += [boxes[box] for box in tiles]
         return sorted(numbers)
 
     def _shape(self, key: str) -> Shape:

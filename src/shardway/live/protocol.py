@@ -179,7 +179,8 @@ class Participant:
         part = self.part
         digest, data = encode_table(part.shards, part.objects)
         (there,) = yield from get(table_key(digest))
-        place = json.dumps([self.staging, part.identity.destination, part.identity.iteration]).encode()
+        where = part.identity
+        place = json.dumps([self.staging, where.destination, where.iteration, self.wall()]).encode()
         items = ((place_key(part.rank), place),)
         yield Put(items if there is not None else ((table_key(digest), data), *items))
         replicas = (*(shard.replica for shard in part.shards), *(record.replica for record in part.objects))
@@ -316,7 +317,6 @@ class Participant:
         """Return or raise what was decided."""
         data, end = yield from get(self.keys.decision, self.keys.end)
         yield Cancel()
-        yield Put(((place_key(self.part.rank), b""),))
         decision = Decision.decode(data or b"")
         if decision.outcome is None:
             yield from self._abandon()
@@ -324,6 +324,7 @@ class Participant:
         problems = () if end is None else decode_end(end)
         if problems:
             raise error_of(unfinished(self.staging, problems))
+        yield Put(((place_key(self.part.rank), b""),))  # after an error it stays, for those who missed this rank
         if self._prepared:  # perhaps so late that it made the directory anew after it was renamed
             yield from self._abandon()
         return replace(decision.outcome, wrote_bytes=sum(self.progress[each] for each in self._writes))

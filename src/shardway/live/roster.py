@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from shardway.core.boxes import whole
 from shardway.live import verdicts
-from shardway.live.coverage import Holdings
+from shardway.live.coverage import Gap, Holdings
 from shardway.live.messages import Arrival, decode_table, table_key
 from shardway.live.requests import Steps, add, ask_dead, get
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Sequence
 
     from shardway.core.errors import Problem
+    from shardway.core.tensors import Shape
     from shardway.live.messages import Keys, Table
     from shardway.live.saving import Needed
 
@@ -35,6 +37,7 @@ class Roster:
         self._count = 0
         self._ever = Holdings(needed)
         self._present: Holdings | None = None
+        self._counted: list[int] = []
 
     def read(self) -> Steps[bool]:
         """Read who arrived since the last time; True when somebody did."""
@@ -58,8 +61,6 @@ class Roster:
             self._ever.add(arrival.table, self.tables[arrival.table])
         self.arrivals.update(fresh)
         self._awaited.difference_update(fresh)
-        if fresh:
-            self._present = None
         return bool(fresh)
 
     def bury(self) -> Steps[bool]:
@@ -68,8 +69,6 @@ class Roster:
         gone = yield from ask_dead([self.arrivals[number].process for number in living])
         fresh = {number for number in living if self.arrivals[number].process in gone}
         self.dead |= fresh
-        if fresh:
-            self._present = None
         return bool(fresh)
 
     def here(self, excluded: Collection[int] = ()) -> list[int]:
@@ -82,23 +81,38 @@ class Roster:
         return sorted({self.arrivals[number].rank for number in numbers})
 
     def holdings(self) -> Holdings:
-        """What those who are here hold; what only the dead brought is needed as well."""
-        if self._present is None:
-            digests = dict.fromkeys(self.arrivals[number].table for number in self.here())
-            if self._ever.tables.keys() == digests.keys():
-                self._present = self._ever
-            else:
-                self._present = Holdings(self._ever.all_needed())
-                for digest in digests:
-                    self._present.add(digest, self.tables[digest])
+        """What those who are here hold: exactly what a ledger derives that has them as its first holders."""
+        here = self.here()
+        if self._present is None or here[: len(self._counted)] != self._counted:
+            self._present, self._counted = Holdings(self._needed), []
+        for number in here[len(self._counted) :]:
+            digest = self.arrivals[number].table
+            self._present.add(digest, self.tables[digest])
+        self._counted = here
         return self._present
 
-    def fresh_holdings(self, numbers: Iterable[int]) -> Holdings:
-        """Holdings to begin a ledger with whose first holders are `numbers`."""
+    def holdings_of(self, numbers: Sequence[int]) -> Holdings:
+        """What some of them hold."""
         present = self.holdings()
-        if not present.conflicts and present.tables.keys() == {self.arrivals[number].table for number in numbers}:
-            return present
-        return Holdings(self._needed)
+        return present if self._counted == list(numbers) else Holdings(self._needed)
+
+    def known(self) -> dict[str, Shape | None]:
+        """Every tensor and object that is needed, or that anyone has brought, the dead too."""
+        return {**self._ever.known(), **self.holdings().known()}
+
+    def complete(self) -> bool:
+        """Whether those who are here hold all of that."""
+        present = self.holdings()
+        return present.complete() and self._ever.known().keys() <= present.known().keys()
+
+    def gaps(self) -> list[Gap]:
+        """What of it they don't hold."""
+        present = self.holdings()
+        there = present.known()
+        absent = {key: shape for key, shape in sorted(self._ever.known().items()) if key not in there}
+        return present.gaps() + [
+            Gap(key, shape, None if shape is None else whole(shape), 0) for key, shape in absent.items()
+        ]
 
     def disagreements(self) -> list[Problem]:
         """What those who are here say differently; empty when none of them asks for that to be checked."""
