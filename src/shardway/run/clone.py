@@ -44,10 +44,11 @@ class Cloner:
         length = (num_bytes - begin) // BLOCK_BYTES * BLOCK_BYTES
         if not self.supported or (offset - place) % BLOCK_BYTES or length <= 0:
             return num_bytes, num_bytes
-        argument = struct.pack("qQQQ", self._source.descriptor(source), offset + begin, length, place + begin)
-        try:
-            fcntl.ioctl(self._target.descriptor(target), _FICLONERANGE, argument)
-        except OSError:
-            self.supported = False
-            return num_bytes, num_bytes
+        with self._source.opened(source) as read, self._target.opened(target) as written:
+            argument = struct.pack("qQQQ", read, offset + begin, length, place + begin)
+            try:
+                fcntl.ioctl(written, _FICLONERANGE, argument)
+            except OSError:
+                self.supported = False
+                return num_bytes, num_bytes
         return begin, begin + length

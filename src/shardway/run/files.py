@@ -15,6 +15,17 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_MOST_OPEN = 400  # on either side; a process may often open 1,024
+
+
+class _Opened:
+    """An open file and how many threads are using it."""
+
+    __slots__ = ("descriptor", "num_users")
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.num_users = 0
 
 
 class Files:
@@ -28,7 +39,7 @@ class Files:
     def __init__(self, root: Path, *, writable: bool = False) -> None:
         self.root = root
         self._flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
-        self._descriptors: dict[str, int] = {}
+        self._opened: dict[str, _Opened] = {}  # by rising time of last use
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -40,25 +51,45 @@ class Files:
     def close(self) -> None:
         """Close every file; afterwards they may be opened anew."""
         with self._lock:
-            descriptors, self._descriptors = list(self._descriptors.values()), {}
-        for descriptor in descriptors:
+            opened, self._opened = list(self._opened.values()), {}
+        for file in opened:
             with contextlib.suppress(OSError):
-                os.close(descriptor)
+                os.close(file.descriptor)
 
-    def descriptor(self, name: str) -> int:
-        """The descriptor of a file, opened on first use.
+    @contextlib.contextmanager
+    def opened(self, name: str) -> Iterator[int]:
+        """The descriptor of a file; it stays open afterwards, until too many others are.
 
         Raises:
             ShardwayError: `io-failed` when it can't be opened.
         """
-        found = self._descriptors.get(name)
-        if found is None:
-            with self._lock:
-                found = self._descriptors.get(name)
-                if found is None:
-                    with failing(f"open {name}", self.root / name):
-                        found = self._descriptors[name] = os.open(self.root / name, self._flags)
-        return found
+        file = self._take(name)
+        try:
+            yield file.descriptor
+        finally:
+            self._give_back(file)
+
+    def _take(self, name: str) -> _Opened:
+        with self._lock:
+            file = self._opened.pop(name, None)
+            if file is None:
+                self._close_idle()
+                with failing(f"open {name}", self.root / name):
+                    file = _Opened(os.open(self.root / name, self._flags))
+            self._opened[name] = file
+            file.num_users += 1
+        return file
+
+    def _give_back(self, file: _Opened) -> None:
+        with self._lock:
+            file.num_users -= 1
+
+    def _close_idle(self) -> None:
+        """Make room for one more: a job of thousands of ranks leaves more files than a process may hold open."""
+        if len(self._opened) >= _MOST_OPEN:
+            idle = next((name for name, file in self._opened.items() if not file.num_users), None)
+            if idle is not None:
+                os.close(self._opened.pop(idle).descriptor)
 
     def read_into(self, name: str, view: memoryview, offset: int) -> None:
         """Fill `view` with the bytes at `offset` of a file.
@@ -66,24 +97,26 @@ class Files:
         Raises:
             ShardwayError: `io-failed`, or `source-changed` when the file ends first.
         """
-        descriptor = self.descriptor(name)
+        file = self._take(name)
         done = 0
-        while done < len(view):
-            try:
-                got = os.preadv(descriptor, [view[done:] if done else view], offset + done)
-            except OSError as error:
-                raise _failure(f"read {len(view)} bytes at {offset}", self.root / name, error) from error
-            if not got:
-                raise ShardwayError(
-                    Problem(
-                        code=Code.SOURCE_CHANGED,
-                        what=f"{name} ended while it was being read",
-                        file=self.root / name,
-                        facts=(f"wanted {len(view)} bytes at offset {offset}, got {done}",),
-                        cure="it was truncated after the run began; run the command again",
+        try:
+            while done < len(view):
+                got = os.preadv(file.descriptor, [view[done:] if done else view], offset + done)
+                if not got:
+                    raise ShardwayError(
+                        Problem(
+                            code=Code.SOURCE_CHANGED,
+                            what=f"{name} ended while it was being read",
+                            file=self.root / name,
+                            facts=(f"wanted {len(view)} bytes at offset {offset}, got {done}",),
+                            cure="it was truncated after the run began; run the command again",
+                        )
                     )
-                )
-            done += got
+                done += got
+        except OSError as error:
+            raise _failure(f"read {len(view)} bytes at {offset}", self.root / name, error) from error
+        finally:
+            self._give_back(file)
 
     def write_from(self, name: str, view: memoryview | bytes, offset: int) -> None:
         """Write all of `view` at `offset` of a file.
@@ -91,13 +124,15 @@ class Files:
         Raises:
             ShardwayError: `io-failed`, or `no-space`.
         """
-        descriptor = self.descriptor(name)
+        file = self._take(name)
         done = 0
-        while done < len(view):
-            try:
-                done += os.pwrite(descriptor, memoryview(view)[done:] if done else view, offset + done)
-            except OSError as error:
-                raise _failure(f"write {len(view)} bytes at {offset}", self.root / name, error) from error
+        try:
+            while done < len(view):
+                done += os.pwrite(file.descriptor, memoryview(view)[done:] if done else view, offset + done)
+        except OSError as error:
+            raise _failure(f"write {len(view)} bytes at {offset}", self.root / name, error) from error
+        finally:
+            self._give_back(file)
 
     def sync(self, name: str) -> None:
         """Force a file's bytes to the device.
@@ -105,8 +140,8 @@ class Files:
         Raises:
             ShardwayError: `io-failed`, or `no-space`.
         """
-        with failing("fsync", self.root / name):
-            os.fsync(self.descriptor(name))
+        with self.opened(name) as descriptor, failing("fsync", self.root / name):
+            os.fsync(descriptor)
 
 
 @contextlib.contextmanager

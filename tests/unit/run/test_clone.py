@@ -51,16 +51,9 @@ class Kernel:
 def test_what_is_shared_is_whole_blocks(offset: int, shift: int, num_bytes: int) -> None:
     place = offset + shift if offset + shift >= 0 else offset
     kernel = Kernel()
-    source, target = mock.Mock(spec=Files), mock.Mock(spec=Files)
-    source.descriptor.return_value = os.open("/dev/null", os.O_RDONLY)
-    target.descriptor.return_value = os.open("/dev/null", os.O_WRONLY)
-    try:
-        with mock.patch.object(fcntl, "ioctl", kernel.ioctl):
-            cloner = Cloner(source, target)
-            begin, end = cloner.share("a", offset, "b", place, num_bytes)
-    finally:
-        os.close(source.descriptor())
-        os.close(target.descriptor())
+    with mock.patch.object(fcntl, "ioctl", kernel.ioctl), Files(Path("/dev"), writable=True) as files:
+        cloner = Cloner(files, files)
+        begin, end = cloner.share("null", offset, "null", place, num_bytes)
     assert cloner.supported
     if not kernel.calls:
         assert (begin, end) == (num_bytes, num_bytes)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from shardway.core.errors import ShardwayError
+from shardway.run import files as module
 from shardway.run.files import Files
 
 if TYPE_CHECKING:
@@ -54,13 +57,57 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     assert str(tmp_path / "missing") in str(caught.value)
 
 
+def test_no_more_are_open_than_a_process_may_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MOST_OPEN", 4)
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(10):
+        (tmp_path / str(number)).write_bytes(bytes([number] * 8))
+    with Files(tmp_path) as files:
+        with files.opened("0") as kept:
+            for number in [*range(1, 10), 3, 0, 3]:
+                read = bytearray(8)
+                files.read_into(str(number), memoryview(read), 0)
+                assert set(read) == {number}
+                assert len(os.listdir("/proc/self/fd")) <= before + 4
+            assert os.pread(kept, 8, 0) == bytes(8)
+        with contextlib.ExitStack() as stack:  # what is in use is not closed, however many there are
+            descriptors = [stack.enter_context(files.opened(str(number))) for number in range(8)]
+            for number, descriptor in enumerate(descriptors):
+                assert os.pread(descriptor, 1, 0) == bytes([number])
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_threads_share_what_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MOST_OPEN", 2)
+    for number in range(6):
+        (tmp_path / str(number)).write_bytes(bytes([number] * 8))
+    wrong: list[int] = []
+
+    def work(files: Files, seed: int) -> None:
+        for step in range(400):
+            number = (seed * 7 + step * step) % 6
+            read = bytearray(8)
+            files.read_into(str(number), memoryview(read), 0)
+            if set(read) != {number}:
+                wrong.append(number)
+
+    with Files(tmp_path) as files:
+        threads = [threading.Thread(target=work, args=(files, seed)) for seed in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+
+
 def test_files_are_opened_once_and_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "f").write_bytes(b"12345")
     before = len(os.listdir("/proc/self/fd"))
     with Files(tmp_path) as files:
-        first = files.descriptor("f")
-        assert files.descriptor("f") == first
-        assert os.get_inheritable(first) is False
+        with files.opened("f") as first:
+            assert os.get_inheritable(first) is False
+        with files.opened("f") as again:
+            assert again == first
         assert len(os.listdir("/proc/self/fd")) == before + 1
     assert len(os.listdir("/proc/self/fd")) == before
 
