@@ -180,6 +180,10 @@ class TestTensors:
         assert error.problems[0].file == "model.safetensors"
         has_cures(error)
 
+    def test_a_name_that_would_play_tricks_on_a_terminal(self, tmp_path: Path) -> None:
+        self.write(tmp_path, lambda weights: weights.update({"\x1b[2J\r": np.zeros(3, "<u2")}))
+        assert "\x1b" not in str(import_refused(tmp_path, "tensor-unexpected"))
+
     def test_a_transposed_tensor(self, tmp_path: Path) -> None:
         name = "model.layers.2.mlp.down_proj.weight"
         self.write(tmp_path, lambda weights: weights.update({name: weights[name].T}))

@@ -127,7 +127,9 @@ def _prove(tiles: list[Tile], hf: Mapping[str, Shape], mcore: Mapping[str, Shape
             if fault:
                 problems.add(
                     Code.COVERAGE,
-                    f"the rules cover a part of {name} {fault.times} times",
+                    f"the rules cover a part of {name} {fault.times} times"
+                    if fault.times >= 0
+                    else f"the rules reach outside of {name}",
                     tensor=name,
                     facts=(f"box from {list(fault.box.start)} of extent {list(fault.box.size)}, shape {list(shape)}",),
                     cure="this is a defect of the family's rules; nothing was written",

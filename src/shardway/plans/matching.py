@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.core.errors import Code, Problem, Problems
+from shardway.formats.safetensors import printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -56,6 +57,7 @@ def match_huggingface(mapping: ModelMapping, tensors: Mapping[str, StoredTensor]
             unexpected.append(name)
     _count_layers(mapping.hf, tensors, "config.json", problems)
     quantised = [name for name in unexpected if _QUANTISED.search(name)]
+    scales = f"scales found: {', '.join(map(printable, quantised[:3])) or 'none'}"
     _match(mapping.hf, tensors, unexpected, problems)
     for name in mapping.hf:
         tensor = tensors.get(name)
@@ -65,7 +67,9 @@ def match_huggingface(mapping: ModelMapping, tensors: Mapping[str, StoredTensor]
                 f"{name} holds {tensor.dtype.name} values, which mean nothing without their scales",
                 tensor=name,
                 file=tensor.chunks[0].file,
-                facts=(f"scales found: {', '.join(quantised[:3])}",) if quantised else ("no scales found",),
+                facts=(f"scales found: {', '.join(map(printable, quantised[:3]))}",)
+                if quantised
+                else ("no scales found",),
                 cure="convert a bf16 version of the model; quantised sources of this kind are not supported",
             )
     for name, of in copies.items():
@@ -137,7 +141,7 @@ def _match(
         tensor = tensors[name]
         problems.add(
             Code.TENSOR_UNEXPECTED,
-            f"no rule of this architecture claims {name}",
+            f"no rule of this architecture claims {printable(name)}",
             tensor=name,
             file=tensor.chunks[0].file if tensor.chunks else None,
             facts=(f"shape {list(tensor.shape)}, {tensor.dtype.name}",),

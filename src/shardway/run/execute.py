@@ -64,8 +64,10 @@ def preflight(plan: Plan, destination: Path, companions: Path) -> None:
             cure="choose another destination",
         )
     else:
-        needed = plan.disk_bytes + sum((companions / name).stat().st_size for _, name in plan.copied_files)
-        free = shutil.disk_usage(existing).free
+        with failing("find the size of the files to be copied", companions):
+            needed = plan.disk_bytes + sum((companions / name).stat().st_size for _, name in plan.copied_files)
+        with failing("find the free space", existing, Code.DESTINATION_UNWRITABLE):
+            free = shutil.disk_usage(existing).free
         if needed > free:
             problems.add(
                 Code.NO_SPACE,
