@@ -67,9 +67,7 @@ def match_huggingface(mapping: ModelMapping, tensors: Mapping[str, StoredTensor]
                 f"{name} holds {tensor.dtype.name} values, which mean nothing without their scales",
                 tensor=name,
                 file=tensor.chunks[0].file,
-                facts=(f"scales found: {', '.join(map(printable, quantised[:3]))}",)
-                if quantised
-                else ("no scales found",),
+                facts=(scales,),
                 cure="convert a bf16 version of the model; quantised sources of this kind are not supported",
             )
     for name, of in copies.items():
