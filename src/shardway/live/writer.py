@@ -15,6 +15,7 @@ from shardway.formats.torch_file import TensorFrame, tensor_blob_frame
 from shardway.live.blocks import Blocks, synchronise
 from shardway.live.written import WriterResult, WrittenFile, WrittenObject, WrittenShard
 from shardway.run.files import failing
+from shardway.run.writeback import Writeback
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from shardway.live.state import LiveState
 
 _STEP_BYTES = 2**20  # hashed and then written while it is still in the processor's cache
-_SYNC_BYTES = 256 * 2**20  # forced to the device on the way, so that no long silence follows the last write
 
 
 class _Job(NamedTuple):
@@ -222,9 +222,9 @@ class _Output:
         self._path = path
         self._advance = advance
         self._fsync = fsync
+        self._writeback = Writeback(descriptor)
         self._waiting: list[memoryview] = []
         self._at = 0
-        self._unsynced = 0
 
     def defer(self, data: bytes) -> None:
         """Write a few bytes together with what comes next."""
@@ -245,11 +245,9 @@ class _Output:
                     done -= len(pending.pop(0))
                 if done:
                     pending[0] = pending[0][done:]
-        self._unsynced += total
-        if self._fsync and self._unsynced >= _SYNC_BYTES:
-            with failing(f"force {self._unsynced:,} bytes to the device", self._path):
-                os.fdatasync(self._descriptor)
-            self._unsynced = 0
+        if self._fsync:
+            with failing(f"force bytes before {self._at:,} to the device", self._path):
+                self._writeback.written(self._at)
         self._advance(total)
 
     def finish(self, num_bytes: int) -> None:

@@ -23,6 +23,7 @@ from shardway.live.records import ObjectShard, Shard
 from shardway.live.state import LiveState
 from shardway.live.writer import write_shards
 from shardway.live.written import WriterResult
+from shardway.run import writeback
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -143,7 +144,8 @@ def test_objects_alone_and_a_second_turn(tmp_path: Path) -> None:
 
 
 def test_progress_adds_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "_SYNC_BYTES", 2**21)
+    monkeypatch.setattr(writeback, "_START_BYTES", 2**20)
+    monkeypatch.setattr(writeback, "_BEHIND_BYTES", 2**21)
     calls: list[int] = []
     tensors = {"a": torch.zeros(3 * 2**18 + 1), "b": torch.zeros(2**20).view(1024, 1024).t()}
     result = write_all(state_of(tensors), tmp_path, num_files=2, on_progress=calls.append, fsync=True)
@@ -270,13 +272,15 @@ def _raiser(number: int) -> Callable[..., int]:
     ("number", "code"),
     [(errno.ENOSPC, Code.NO_SPACE), (errno.EDQUOT, Code.NO_SPACE), (errno.EIO, Code.IO_FAILED)],
 )
-@pytest.mark.parametrize("function", ["pwritev", "fsync", "fdatasync", "open"])
+@pytest.mark.parametrize("function", ["pwritev", "fsync", "writeback", "open"])
 def test_failures_name_file_and_errno(
     function: str, number: int, code: Code, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = state_of({"a": torch.zeros(3000), "b": torch.zeros(4000)})
-    monkeypatch.setattr(writer, "_SYNC_BYTES", 1000)
-    monkeypatch.setattr(os, function, _raiser(number))
+    if function == "writeback":
+        monkeypatch.setattr(writeback.Writeback, "written", _raiser(number))
+    else:
+        monkeypatch.setattr(os, function, _raiser(number))
     with pytest.raises(ShardwayError) as caught:
         write_all(state, tmp_path, num_files=2, fsync=True)
     monkeypatch.undo()
