@@ -50,7 +50,8 @@ class Rank:
     identity: SaveIdentity = dataclasses.field(default_factory=lambda: SaveIdentity(destination="/ckpt", iteration=7))
     saves: int = 1
     write_s: float = 1.0
-    slow: float = 1.0
+    small_s: float = 0.0
+    """How long preparing, publishing and finishing take."""
 
     @property
     def is_good(self) -> bool:
@@ -194,6 +195,7 @@ def _arrivals(rng: random.Random, ranks: list[Rank]) -> None:
         rank.write_s = rng.choice((0.0, 0.1, 0.5, 1.5)) * rng.random()
         if rng.random() < 0.05:
             rank.arrives_at = rng.uniform(0, 3 * DEADLINE_S)
+        rank.small_s = rng.choice((0.0, 0.0, 0.3, 1.0)) * rng.random()
         if rng.random() < 0.05:
             rank.write_s = 2 * DEADLINE_S
     if rng.random() < 0.4:
@@ -244,3 +246,26 @@ def _disagreements(rng: random.Random, ranks: list[Rank]) -> None:
         odd.shards = tuple(
             shard._replace(global_shape=(*shard.global_shape[:-1], shard.global_shape[-1] + 1)) for shard in odd.shards
         )
+
+
+def overlapping(seed: int) -> Scenario:
+    """The first coordinator is held up just before it shares the work, and wakes up while the second one prepares."""
+    rng = random.Random(seed)
+    scenario = make(rng.randrange(1 << 30), num_ranks=rng.randint(3, 5))
+    tensors: dict[str, tuple[DType, Shape]] = {"w": (BFLOAT16, (4, 2))}
+    shards = (Shard("w", BFLOAT16, (4, 2), (0, 0), (4, 2), 0),)
+    ranks = [
+        Rank(rank=each.rank, shards=shards, objects=(), arrives_at=0.1 * (each.rank > 0), small_s=0.6, write_s=0.1)
+        for each in scenario.ranks
+    ]
+    pause_s = SILENCE_S + rng.uniform(0.0, 1.0)
+    ranks[0].trouble = Trouble(fault="pause", moment="ledger", count=1, pause_s=pause_s)
+    return dataclasses.replace(
+        scenario,
+        ranks=ranks,
+        tensors=tensors,
+        objects=frozenset(),
+        needed=Needed(tensors=dict(tensors)),
+        delay_s=0.01,
+        store_dies_at=None,
+    )

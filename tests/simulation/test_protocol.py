@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.simulation.mutants import MUTANTS
-from tests.simulation.scenario import make
-from tests.simulation.world import World, run
+from tests.simulation.scenario import Scenario, make, overlapping
+from tests.simulation.world import World
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 NUM_SCHEDULES = int(os.environ.get("SHARDWAY_SCHEDULES", "10000"))
 NUM_CHUNKS = 10
 REPLAYED = os.environ.get("SHARDWAY_SEED")
-NOTICED_BY = (202_201, 202_624)
-"""Schedules that once showed bugs; tried first."""
 LARGE = {64: 8, 128: 4, 512: 2}
 
 
@@ -84,6 +82,11 @@ def test_replay() -> None:
     check(range(int(REPLAYED or 0), int(REPLAYED or 0) + 1))
 
 
+@pytest.mark.parametrize("seed", range(100))
+def test_coordinators_that_overlap(seed: int) -> None:
+    assert not World(overlapping(seed)).run()
+
+
 def test_a_seed_is_the_whole_schedule() -> None:
     one, other = World(make(17)), World(make(17))
     assert one.run() == other.run()
@@ -95,11 +98,12 @@ def test_a_seed_is_the_whole_schedule() -> None:
 def test_the_simulation_notices(mutant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """A protocol that is broken in this way breaks an invariant."""
     mutant(monkeypatch)
-    assert any(_breaks(seed) for seed in (*NOTICED_BY, *range(200_000, 203_000)))
+    directed = (overlapping(seed) for seed in range(100))
+    assert any(_breaks(scenario) for scenario in (*directed, *map(make, range(200_000, 202_000))))
 
 
-def _breaks(seed: int) -> bool:
+def _breaks(scenario: Scenario) -> bool:
     try:
-        return bool(run(seed))
-    except (AssertionError, KeyError):
+        return bool(World(scenario).run())
+    except (AssertionError, KeyError, ValueError):
         return True

@@ -56,6 +56,7 @@ class Process:
         self.run_number = 0
         self.cancelled = False
         self.progress: dict[int, int] = {}
+        self.busy: set[tuple[int, int]] = set()
         self.done: list[ask.Done] = []
         self.outcomes: list[tuple[str, SaveOutcome | ShardwayError]] = []
         self.saves_left = rank.saves
@@ -150,6 +151,10 @@ class World:
         judge(self)
         return self.broken
 
+    def examine(self, directory: Directory, results: tuple[WriterResult, ...]) -> None:
+        """Look at what is being published."""
+        check_published(self, directory, results)
+
     def crash(self, process: Process) -> None:
         """A process dies; perhaps its rank comes back as another one."""
         process.alive = False
@@ -202,6 +207,7 @@ class World:
                 return
             case ask.Start(number, action):
                 process.progress[number] = 0
+                process.busy.add((process.run_number, number))
                 self._at(self.now + self._delay(), process, "begin", _Step(process.run_number, number, action))
                 answer: object = None
             case ask.Cancel():
@@ -262,7 +268,11 @@ class World:
         elif kind == "begin" and not isinstance(action, ask.Abandon):
             if step.run == process.run_number:
                 process.progress[step.number] += 1
-            self._at(self.now + self._delay() + 0.01, process, "go on", step)
+            self._at(self.now + self._delay() + 0.01 + process.rank.small_s, process, "go on", step)
+        elif (
+            isinstance(action, ask.Abandon) and len(process.busy) > 1 and step.share < 1
+        ):  # when the others have stopped
+            self._at(self.now + 0.1, process, "begin", step._replace(share=step.share + 0.02))
         else:
             self._done(process, step, None, self._small(action))
 
@@ -275,6 +285,7 @@ class World:
         return fault in ("crash", "stall", "fail")
 
     def _done(self, process: Process, step: _Step, result: WriterResult | None, error: BaseException | None) -> None:
+        process.busy.discard((step.run, step.number))
         if step.run == process.run_number:
             process.done.append(ask.Done(step.number, result, error))
             if process.asleep:
@@ -335,7 +346,7 @@ class World:
                         self.broken.append(f"{staging} was published twice")
                     self.published[staging] = directory, tag
                     del self.staged[staging]
-                    check_published(self, directory, directory.metadata[tag])
+                    self.examine(directory, directory.metadata[tag])
                 elif self.published.get(staging, (None, ""))[1] != tag:
                     return FileNotFoundError(2, "No such file or directory", staging)
             case ask.Abandon(staging):

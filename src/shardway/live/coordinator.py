@@ -16,7 +16,6 @@ from shardway.live import verdicts
 from shardway.live.ledger import Ledger
 from shardway.live.messages import Decision, Entry, Result, encode_end, place_key
 from shardway.live.requests import Delete, Finish, Prepare, Publish, Put, Steps, add, get, swap
-from shardway.live.roster import Roster
 from shardway.live.saving import SaveOutcome
 from shardway.live.written import WriterResult
 
@@ -53,10 +52,10 @@ class Coordinator:
         self._seat = seat
         self._keys = seat.keys
         self._options = seat.part.options
-        self._roster = Roster(seat.keys, seat.part.needed)
+        self._roster = seat.roster
         self._ledger: Ledger | None = None
         self._lead = lead
-        self._pulse_s = self._options.silence / 4
+        self._pulse_s = seat.silence_s / 4
         self._renewed_at = seat.clock()
         self._looked_at = -1e9
         self._complete_at: float | None = None
@@ -74,7 +73,7 @@ class Coordinator:
     def tick(self) -> Steps[bool]:
         """Do what can be done now. True when the save is over and everybody can know."""
         seat = self._seat
-        if seat.clock() - self._renewed_at >= self._pulse_s and not (yield from self._renew(self._lead)):
+        if not (yield from self._keep()):
             return False
         if self._decision is None:
             (data,) = yield from get(self._keys.decision)
@@ -88,11 +87,18 @@ class Coordinator:
                 self._looked_at = seat.clock()
                 changed |= yield from self._roster.bury()
             self._checked &= not changed
+            if not (yield from self._keep()):  # reading many tables takes a while
+                return False
             if self._ledger is None:
                 yield from self._assemble()
             elif (yield from self._collect(self._ledger, look=look)):
                 yield from self._publish(self._ledger)
         return self._decision is not None and (yield from self._close(self._decision))
+
+    def _keep(self) -> Steps[bool]:
+        """Show life if it is time; False when somebody else has taken over."""
+        due = self._seat.clock() - self._renewed_at >= self._pulse_s
+        return not due or (yield from self._renew(self._lead))
 
     def _renew(self, lead: Lead) -> Steps[bool]:
         """Show life; False when somebody else has taken over."""
@@ -251,7 +257,7 @@ class Coordinator:
         if self._options.validate and here:
             agreement = self._seat.part.agreement
             here = [number for number in here if roster.arrivals[number].agreement == agreement]
-        awake = [number for number in here if now - self._pulses[number].beat_at <= self._options.silence]
+        awake = [number for number in here if now - self._pulses[number].beat_at <= self._seat.silence_s]
         dropped = tuple((share.entry, share.number) for share in outstanding if share.number in overdue)
         orphans: list[int] = []
         for holders in (awake, here):

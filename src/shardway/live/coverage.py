@@ -70,6 +70,7 @@ class Holdings:
         self._said_by: dict[str, int] = {}
         self._boxes: dict[str, dict[Box, int]] = {}
         self._objects: dict[str, int] = {}
+        self._tiled: dict[str, tuple[list[int], Gap | None]] | None = None
         self._lacking: dict[str, int] = {key: math.prod(shape) for key, (_, shape) in (needed.tensors or {}).items()}
         self._short = {key for key, lacking in self._lacking.items() if lacking > 0}
 
@@ -81,9 +82,20 @@ class Holdings:
         """
         if digest in self.tables:
             return
+        self._tiled = None
         units = [self._unit(shard) for shard in table.shards]
         units += [self._object(record) for record in table.objects]
         self.tables[digest] = tuple(units)
+
+    def match(self, table: Table) -> tuple[int, ...]:
+        """The units of another table's shards and objects, -1 for those that aren't known here; adds nothing."""
+        shards = (
+            self._boxes[shard.key].get(Box(shard.start, shard.size), -1)
+            if self._kinds.get(shard.key) == (shard.dtype, shard.global_shape)
+            else -1
+            for shard in table.shards
+        )
+        return (*shards, *(self._objects.get(record.key, -1) for record in table.objects))
 
     def _unit(self, shard: Shard) -> int:
         kind = (shard.dtype, shard.global_shape)
@@ -142,15 +154,7 @@ class Holdings:
     def gaps(self) -> list[Gap]:
         """Every tensor and object of which some part is held by nobody; empty when the model is complete."""
         found = [Gap(key, None, None, 0) for key in sorted(self._needed.objects - self._objects.keys())]
-        for key in sorted(self._lacking):
-            shape = self._shape(key)
-            if key not in self._boxes:
-                found.append(Gap(key, shape, whole(shape), 0))
-                continue
-            fault = _tiling(shape, self._boxes[key])[1]
-            if fault is not None:
-                found.append(fault._replace(key=key))
-        return found
+        return found + [gap for _, gap in self._tilings().values() if gap is not None]
 
     def complete(self) -> bool:
         """Whether every element of every tensor, and every object, is held; most often much cheaper than `gaps`."""
@@ -164,14 +168,21 @@ class Holdings:
         Raises:
             ValueError: The model is not complete.
         """
-        numbers = list(self._objects.values())
-        for key in self._lacking:
-            boxes = self._boxes.get(key, {})
-            tiles, gap = _tiling(self._shape(key), boxes)
-            if gap is not None:
-                raise ValueError(str(gap._replace(key=key)))
-            numbers += [boxes[box] for box in tiles]
-        return sorted(numbers)
+        gaps = self.gaps()
+        if gaps:
+            raise ValueError(str(gaps[0]))
+        tiles = [unit for units, _ in self._tilings().values() for unit in units]
+        return sorted([*self._objects.values(), *tiles])
+
+    def _tilings(self) -> dict[str, tuple[list[int], Gap | None]]:
+        """For every tensor the units that tile it, or where they don't."""
+        if self._tiled is None:
+            self._tiled = {}
+            for key in sorted(self._lacking):
+                boxes = self._boxes.get(key, {})
+                tiles, gap = _tiling(self._shape(key), boxes)
+                self._tiled[key] = [boxes[box] for box in tiles], gap and gap._replace(key=key)
+        return self._tiled
 
     def _shape(self, key: str) -> Shape:
         known = self._kinds.get(key)

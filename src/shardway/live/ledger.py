@@ -87,12 +87,13 @@ class Ledger:
     """The assignments after a sequence of entries; equal entries and arrivals make equal ledgers.
 
     Args:
-        holdings: Nothing yet, or exactly what the holders of the first entry hold.
+        holdings: What the holders of the first entry hold, or some of them.
     """
 
     def __init__(self, holdings: Holdings) -> None:
         self.holdings = holdings
         self.entries: list[Entry] = []
+        self._units: dict[str, tuple[int, ...]] = {}
         self.shares: dict[tuple[int, int], Share] = {}
         self.everyone: set[int] = set()
         self.lost: set[int] = set()
@@ -118,7 +119,10 @@ class Ledger:
         """What `entry` would give to whom, and what it would leave to nobody. Changes no assignment."""
         for number in entry.holders:
             digest = arrivals[number].table
-            self.holdings.add(digest, tables[digest])
+            if not self.entries:
+                self.holdings.add(digest, tables[digest])
+            if digest not in self._units:
+                self._units[digest] = self.holdings.tables.get(digest) or self.holdings.match(tables[digest])
         if self.entries:
             units = [unit for key in entry.dropped if key in self.shares for unit in self.shares[key].units]
         else:
@@ -128,7 +132,7 @@ class Ledger:
         for each in self.shares.values():
             loads[each.number] = loads.get(each.number, 0) + sum(known[unit].num_bytes for unit in each.units)
         holders = [
-            Holder(number, arrival.rank, self.holdings.tables[arrival.table], arrival.replicas)
+            Holder(number, arrival.rank, self._units[arrival.table], arrival.replicas)
             for number in entry.holders
             for arrival in (arrivals[number],)
         ]
@@ -138,7 +142,7 @@ class Ledger:
         """An assignment in the writer's own terms."""
         units = set(each.units)
         places: list[int] = []
-        for place, unit in enumerate(self.holdings.tables[arrival.table]):
+        for place, unit in enumerate(self._units[arrival.table]):
             if unit in units:
                 units.discard(unit)  # a rank that lists a box twice writes it once
                 places.append(place)

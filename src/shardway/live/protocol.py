@@ -25,6 +25,7 @@ from shardway.live.messages import (
     table_key,
 )
 from shardway.live.requests import Abandon, Cancel, Prepare, Put, Start, Steps, Write, add, ask_dead, get, sleep, swap
+from shardway.live.roster import Roster
 from shardway.live.saving import FILES_PER_ASSIGNMENT, Assignment, SaveOutcome, Superseded, error_of
 from shardway.live.verdicts import rank_failed, unfinished
 
@@ -86,9 +87,11 @@ class Participant:
         self.part = part
         self.clock = clock
         self.wall = wall
+        self.silence_s = part.options.silence
         self.number = -1
         self.staging = ""
         self.keys = Keys("")
+        self.roster = Roster(self.keys, part.needed)  # kept when the lead is lost, so that its work is done only once
         self.began_at = clock()
         self.progress: dict[int, int] = {}
         self._coordinator: Coordinator | None = None
@@ -127,7 +130,7 @@ class Participant:
             if over:
                 return (yield from self._conclude())
             yield from self._begin_write()
-            self._pause_s = min(self._pause_s * _GROWTH, _SLOW_S, self.part.options.silence / 4)
+            self._pause_s = min(self._pause_s * _GROWTH, _SLOW_S, self.silence_s / 4)
             news = yield from sleep(self.clock() + self._pause_s)
             yield from self._take(news)
 
@@ -172,6 +175,7 @@ class Participant:
             over = None
         self.staging = found.decode()
         self.keys = Keys(self.staging)
+        self.roster = Roster(self.keys, part.needed)
         return over is not None
 
     def _arrive(self) -> Steps[None]:
@@ -207,9 +211,9 @@ class Participant:
             yield from self.catch_up(lead.announced)
             return lead.stage == "ended"
         silent_s = self.clock() - self._seen_at
-        if silent_s > self.part.options.silence:
+        if silent_s > self.silence_s:
             yield from self._take_over()
-        elif self._lead is not None and silent_s > self.part.options.silence / 4:
+        elif self._lead is not None and silent_s > self.silence_s / 4:
             yield from self._take_over_from_the_dead(self._lead)
         return False
 
@@ -307,7 +311,7 @@ class Participant:
 
     def _show_life(self) -> Steps[None]:
         now = self.clock()
-        if self.number < 0 or now - self._pulsed_at < self.part.options.silence / 4:
+        if self.number < 0 or now - self._pulsed_at < self.silence_s / 4:
             return
         self._beat += 1
         self._pulsed_at = now
@@ -331,7 +335,7 @@ class Participant:
 
     def _abandon(self) -> Steps[None]:
         number = yield from self.start(Abandon(self.staging))
-        until = self.clock() + min(_STOP_S, self.part.options.silence)
+        until = self.clock() + min(_STOP_S, self.silence_s)
         while self.clock() < until:
             news = yield from sleep(until)
             if any(done.number == number for done in news.done):

@@ -35,7 +35,7 @@ class Roster:
         self._needed = needed
         self._awaited: set[int] = set()
         self._count = 0
-        self._ever = Holdings(needed)
+        self._brought: dict[str, Shape | None] = {}
         self._present: Holdings | None = None
         self._counted: list[int] = []
 
@@ -53,12 +53,12 @@ class Roster:
         fresh = {number: Arrival.decode(data) for number, data in zip(wanted, found, strict=True) if data is not None}
         digests = sorted({arrival.table for arrival in fresh.values()} - self.tables.keys())
         tables = yield from get(*(table_key(digest) for digest in digests))
-        self.tables.update(
-            (digest, decode_table(data)) for digest, data in zip(digests, tables, strict=True) if data is not None
-        )
+        for digest, data in zip(digests, tables, strict=True):
+            if data is not None:
+                table = self.tables[digest] = decode_table(data)
+                self._brought.update((shard.key, shard.global_shape) for shard in table.shards)
+                self._brought.update((record.key, None) for record in table.objects)
         fresh = {number: arrival for number, arrival in fresh.items() if arrival.table in self.tables}
-        for arrival in fresh.values():
-            self._ever.add(arrival.table, self.tables[arrival.table])
         self.arrivals.update(fresh)
         self._awaited.difference_update(fresh)
         return bool(fresh)
@@ -98,18 +98,18 @@ class Roster:
 
     def known(self) -> dict[str, Shape | None]:
         """Every tensor and object that is needed, or that anyone has brought, the dead too."""
-        return {**self._ever.known(), **self.holdings().known()}
+        return {**self._brought, **self.holdings().known()}
 
     def complete(self) -> bool:
         """Whether those who are here hold all of that."""
         present = self.holdings()
-        return present.complete() and self._ever.known().keys() <= present.known().keys()
+        return present.complete() and self._brought.keys() <= present.known().keys()
 
     def gaps(self) -> list[Gap]:
         """What of it they don't hold."""
         present = self.holdings()
         there = present.known()
-        absent = {key: shape for key, shape in sorted(self._ever.known().items()) if key not in there}
+        absent = {key: shape for key, shape in sorted(self._brought.items()) if key not in there}
         return present.gaps() + [
             Gap(key, shape, None if shape is None else whole(shape), 0) for key, shape in absent.items()
         ]
