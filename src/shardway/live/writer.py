@@ -174,7 +174,7 @@ class _Run:
 
     def _write(self, file: _File) -> None:
         path = self._folder / file.name
-        with failing("create a file", path):
+        with failing(f"create a file of {file.num_bytes:,} bytes", path):
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             output = _Output(descriptor, path, self._advance, fsync=self._fsync)

@@ -1,0 +1,620 @@
+"""Worlds of real ranks that save a live model, fail, come late, or are killed on the way.
+
+A `Fleet` is a process that has imported torch and megatron-core and forks the ranks of every world that it is asked
+for, so that a world costs a second, not ten. Run as a script, this file is that process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+AT_ONCE = 3
+STOP = 100.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class World:
+    """Ranks that do the same tasks one after the other.
+
+    Attributes:
+        ranks: How many.
+        tasks: What to do; ``do`` names a function of this module, whose arguments the rest are.
+        model: Name in ``live_worker.MODELS``, or megatron fields; None for no Megatron model.
+        source: Checkpoint that the model's values come from; None for a function of key and index.
+        dtype: Of the model.
+        grid: ``tp``, ``pp``, ``ep``, ``vpp``.
+        store: What the job's store is: ``tcp`` (hosted by rank 0), ``file``, or ``none`` for no process group.
+        killed: Ranks that won't reach the end.
+        seconds: After which all of them are killed.
+    """
+
+    ranks: int
+    tasks: Sequence[Mapping[str, Any]]
+    model: Any = "untied"
+    source: Path | None = None
+    dtype: str = "float32"
+    grid: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    store: str = "tcp"
+    killed: Sequence[int] = ()
+    seconds: float = 60.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How a task went on one rank."""
+
+    report: Mapping[str, Any] | None = None
+    error: str | None = None
+    code: str | None = None
+    text: str = ""
+    tensors: Sequence[str] = ()
+    files: Sequence[str] = ()
+    seconds: float = 0.0
+    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Ran:
+    """What a world did: ``outcomes[task][rank]``, None for a rank that was killed or absent."""
+
+    outcomes: Sequence[Sequence[Outcome | None]]
+    codes: Sequence[int]
+    log: str
+
+    def of(self, task: int) -> list[Outcome]:
+        """The outcomes of the ranks that have one."""
+        return [outcome for outcome in self.outcomes[task] if outcome is not None]
+
+
+class Fleet:
+    """Starts worlds; close it, and none of its processes is left."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._number = 0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def run(self, *worlds: World) -> list[Ran]:
+        """Run worlds, a few at a time.
+
+        Raises:
+            AssertionError: With the output of every rank, when one ends otherwise than `World.killed` says, or late.
+        """
+        folders = []
+        for _ in worlds:
+            self._number += 1
+            folders.append(self._folder / f"world{self._number}")
+            folders[-1].mkdir(parents=True)
+        asked = [
+            dataclasses.asdict(world) | {"folder": str(folder)} for world, folder in zip(worlds, folders, strict=True)
+        ]
+        codes = self._ask(asked)
+        ran = [_gather(world, folder, code) for world, folder, code in zip(worlds, folders, codes, strict=True)]
+        for world, one in zip(worlds, ran, strict=True):
+            expected = [-signal.SIGKILL if rank in world.killed else 0 for rank in range(world.ranks)]
+            assert list(one.codes) == expected, one.log
+        return ran
+
+    def _ask(self, asked: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+        if self._process is None:
+            environment = os.environ | {
+                "CUDA_VISIBLE_DEVICES": "",
+                "GLOO_SOCKET_IFNAME": "lo",
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(ROOT))),
+                "PYTHONWARNINGS": "ignore",
+                "TORCHDYNAMO_DISABLE": "1",
+            }
+            with (self._folder / "fleet.log").open("wb") as log:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", __file__],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    env=environment,
+                    start_new_session=True,
+                )
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps(asked, default=str).encode() + b"\n")
+        process.stdin.flush()
+        if not select.select([process.stdout], [], [], STOP)[0]:
+            self.close()
+        answer = process.stdout.readline()
+        assert answer, (self._folder / "fleet.log").read_text()
+        codes: list[list[int]] = json.loads(answer)
+        return codes
+
+    def close(self) -> None:
+        """Kill what is left."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            for pipe in (self._process.stdin, self._process.stdout):
+                if pipe is not None:
+                    pipe.close()
+            self._process = None
+
+
+def _gather(world: World, folder: Path, codes: Sequence[int]) -> Ran:
+    def outcome(task: int, rank: int) -> Outcome | None:
+        file = folder / f"{task}.{rank}.json"
+        return Outcome(**json.loads(file.read_text())) if file.exists() else None
+
+    logs = [f"--- rank {rank}: {code}\n{(folder / f'rank{rank}.log').read_text()}" for rank, code in enumerate(codes)]
+    return Ran(
+        outcomes=[[outcome(task, rank) for rank in range(world.ranks)] for task in range(len(world.tasks))],
+        codes=codes,
+        log="\n".join([str(folder), *logs]),
+    )
+
+
+def same_report(outcomes: list[Outcome]) -> dict[str, Any]:
+    """What all ranks have reported alike."""
+    reports = []
+    for outcome in outcomes:
+        assert outcome.report is not None, outcome.text
+        reports.append({key: value for key, value in outcome.report.items() if key not in ("wrote_bytes", "seconds")})
+    assert all(report == reports[0] for report in reports)
+    return reports[0]
+
+
+def same_error(outcomes: list[Outcome]) -> Outcome:
+    """What all ranks have raised alike."""
+    assert len({(outcome.error, outcome.code, outcome.text) for outcome in outcomes}) == 1, outcomes
+    assert outcomes[0].error is not None
+    return outcomes[0]
+
+
+def listing(root: Path) -> list[tuple[str, int]]:
+    """Every path below a root; for files also the time of the last change."""
+    return sorted((str(path), path.stat().st_mtime_ns if path.is_file() else 0) for path in root.rglob("*"))
+
+
+# What follows runs in the process that forks, and in the ranks.
+
+
+def _serve() -> None:
+    import torch
+    from megatron.core import dist_checkpointing  # noqa: F401
+    from megatron.core.models.gpt import GPTModel  # noqa: F401
+    from tests.megatron import _replace_cuda
+    from tests.ranks import live_worker  # noqa: F401
+
+    import shardway.bridge.auto
+    import shardway.live.megatron
+    import shardway.live.save  # noqa: F401
+
+    torch.set_num_threads(1)
+    _replace_cuda()
+    for line in sys.stdin:
+        print(json.dumps(_run_all(json.loads(line))), flush=True)
+
+
+def _run_all(worlds: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    codes = [[0] * world["ranks"] for world in worlds]
+    waiting = list(enumerate(worlds))
+    running: dict[int, tuple[int, int]] = {}
+    deadlines: dict[int, float] = {}
+    while waiting or running:
+        while waiting and len({number for number, _ in running.values()}) < AT_ONCE:
+            number, world = waiting.pop(0)
+            deadlines[number] = time.monotonic() + world["seconds"]
+            running |= {pid: (number, rank) for rank, pid in enumerate(_fork(world))}
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid in running:
+            number, rank = running.pop(pid)
+            codes[number][rank] = os.waitstatus_to_exitcode(status)
+            if codes[number][rank] and rank not in worlds[number]["killed"]:
+                deadlines[number] = 0.0  # the others would only wait for it
+        elif not pid:
+            for each, (number, _) in running.items():
+                if time.monotonic() > deadlines[number]:
+                    os.kill(each, signal.SIGTERM)
+            time.sleep(0.005)
+    return codes
+
+
+def _fork(world: Mapping[str, Any]) -> list[int]:
+    import socket
+
+    listener = socket.create_server(("127.0.0.1", 0)) if world["store"] == "tcp" else None
+    pids = []
+    for rank in range(world["ranks"]):
+        pid = os.fork()
+        if not pid:
+            _be(world, rank, listener)
+        pids.append(pid)
+    if listener is not None:
+        listener.close()
+    return pids
+
+
+def _be(world: Mapping[str, Any], rank: int, listener: Any) -> None:
+    """Be a rank, to the end of the process."""
+    code = 1
+    try:
+        with (Path(world["folder"]) / f"rank{rank}.log").open("wb") as log:
+            for stream in (1, 2):
+                os.dup2(log.fileno(), stream)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        _take_part(world, rank, listener)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # at once: a peer may be gone
+
+
+def _take_part(world: Mapping[str, Any], rank: int, listener: Any) -> None:
+    import datetime as dt
+
+    import torch.distributed
+    from tests.ranks.live_worker import _parallel
+
+    dist: Any = torch.distributed
+    folder = Path(world["folder"])
+    size = world["ranks"]
+    if world["store"] != "none":
+        store: Any
+        if world["store"] == "tcp":
+            port = listener.getsockname()[1]
+            listening = {"master_listen_fd": listener.detach()} if not rank else {}
+            store = dist.TCPStore("127.0.0.1", port, size, is_master=not rank, **listening)
+        else:
+            store = dist.FileStore(str(folder / "store"), size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=dt.timedelta(seconds=30))
+    shape = {"model": world["model"], "dtype": world["dtype"], **world["grid"]}
+    megatron = world["model"] is not None and world["store"] != "none"
+    with _parallel(shape) if megatron else contextlib.nullcontext():
+        me = _Rank(world=world, rank=rank, shape=shape, folder=folder, model=None)
+        if megatron:
+            me.model = _model(shape, world["source"])
+        for number, task in enumerate(world["tasks"]):
+            began = time.monotonic()
+            outcome = globals()[task["do"]](me, **{name: value for name, value in task.items() if name != "do"})
+            if outcome is not None:
+                answer = dataclasses.asdict(outcome) | {"seconds": time.monotonic() - began}
+                (folder / f"{number}.{rank}.json").write_text(json.dumps(answer, default=str))
+            _meet(folder / f"met{number}", rank, [each for each in range(size) if each not in world["killed"]])
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class _Rank:
+    world: Mapping[str, Any]
+    rank: int
+    shape: Mapping[str, Any]
+    folder: Path
+    model: Any
+    bridge: Any = None
+    handles: dict[int, Any] = dataclasses.field(default_factory=dict)
+
+
+def _meet(path: Path, rank: int, expected: Sequence[int]) -> None:
+    """Wait for the others without torch; who is killed is not waited for."""
+    (path.parent / f"{path.name}.{rank}").touch()
+    _until(lambda: all((path.parent / f"{path.name}.{other}").exists() for other in expected))
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 40
+    while not condition():
+        assert time.monotonic() < deadline, "waited for too long"
+        time.sleep(0.01)
+
+
+def _model(shape: Mapping[str, Any], source: str | None) -> list[Any]:
+    from tests.ranks.live_worker import _build, _described, _load, _pattern
+
+    chunks = _build(shape)
+    if source is not None:
+        _load(chunks, {**shape, "checkpoint": source})
+    else:
+        for described in _described(chunks, shape):
+            _pattern(described, described.data)
+    return chunks
+
+
+# Tasks
+
+
+def load(me: _Rank, *, checkpoint: str, sign: int = 1) -> Outcome:
+    """Load a checkpoint with megatron-core, and compare every element with the model's (times `sign`)."""
+    import torch
+    from tests.ranks.live_worker import _build, _load
+
+    chunks = _build(me.shape)
+    with torch.no_grad():
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.fill_(torch.nan)
+    _load(chunks, {**me.shape, "checkpoint": checkpoint})
+    differ = []
+    for mine, loaded in zip(me.model, chunks, strict=True):
+        found = dict(loaded.named_parameters())
+        for name, parameter in mine.named_parameters():
+            expected = parameter if sign > 0 else -parameter
+            if not torch.equal(expected.contiguous().view(torch.uint8), found[name].contiguous().view(torch.uint8)):
+                differ.append(name)
+    assert not differ, differ
+    return Outcome()
+
+
+def save(
+    me: _Rank,
+    *,
+    path: str,
+    hf: str | None = None,
+    absent: Sequence[int] = (),
+    late: Mapping[str, str] | None = None,
+    first: int | None = None,
+    sign: int = 1,
+    store: str | None = None,
+    faults: Sequence[Mapping[str, Any]] = (),
+    only: Mapping[str, Mapping[str, Any]] | None = None,
+    tensor: Sequence[Any] | None = None,
+    plain: str | None = None,
+    change: bool = False,
+    wait: bool = True,
+    **options: Any,
+) -> Outcome | None:
+    """Save the model; no collective may be called meanwhile.
+
+    Args:
+        me: This rank.
+        path: Root of the checkpoint.
+        hf: Model directory, for `AutoBridge`; without one, a save of no known family.
+        absent: Ranks that run a plain loop until the others have ended.
+        late: What a rank waits for before it calls, by rank: ``written`` (there are shards in staging) or
+            ``published``.
+        first: The rank that calls first; the others wait for a moment.
+        sign: What the values are multiplied with for this save.
+        store: ``file``, or ``hash``, ``filestore``, ``prefix``, ``counted`` for one that is passed.
+        faults: What goes wrong: see `_fault`.
+        only: Arguments that are different on some ranks.
+        tensor: A parameter, the number of rows that it has for this task, and the rank where it does.
+        plain: A kind of ``live_worker._plain_model`` to save instead.
+        change: Fill the model with another value as soon as the call has returned.
+        wait: Wait for an async save here; otherwise the next task does.
+        options: Arguments of `save_megatron_model` or of `CheckpointConfig`.
+    """
+    import torch
+    from tests.collectives import collectives_forbidden
+
+    done = me.folder / f"saved{path.replace('/', '_')}{options.get('iteration', 0)}"
+    calling = [
+        rank
+        for rank in range(me.world["ranks"])
+        if rank not in absent and rank not in me.world["killed"] and str(rank) not in (late or {})
+    ]
+
+    def all_done() -> bool:
+        return all(done.with_name(f"{done.name}.{rank}").exists() for rank in calling)
+
+    if me.rank in absent:
+        _until(all_done)
+        return None
+    root = Path(path)
+    if (late or {}).get(str(me.rank)) == "written":
+        _until(lambda: any(root.glob(".iter*/*.distcp")))
+    elif (late or {}).get(str(me.rank)) == "published":
+        _until(all_done)
+    if first is not None and me.rank != first:
+        _until((me.folder / f"{done.name}.first").exists)
+        time.sleep(0.3)
+    options |= (only or {}).get(str(me.rank), {})
+    path = options.pop("path", path)
+    model = me.model
+    if plain is not None:
+        from tests.ranks.live_worker import _plain_model
+
+        model = [_plain_model(plain, me.world["ranks"])]
+    try:
+        with contextlib.ExitStack() as stack:
+            if sign != 1:
+                stack.enter_context(_negated(model))
+            if tensor is not None and me.rank == tensor[2]:
+                stack.enter_context(_resized(model, *tensor[:2]))
+            for number, fault in enumerate(faults):
+                if me.rank in (fault["rank"] if isinstance(fault["rank"], list) else [fault["rank"]]):
+                    stack.enter_context(_fault(me.folder / f"{done.name}.fault{number}", path, **fault))
+            stack.enter_context(collectives_forbidden())
+            if first == me.rank:
+                (me.folder / f"{done.name}.first").touch()
+            saved: Any = _call(me, model, path, hf, _store(store, me.folder), options)
+            notes: dict[str, Any] = {"returned": str(type(saved).__name__)}
+            if type(saved).__name__ == "AsyncSave":
+                me.handles[options.get("iteration", 0)] = saved
+                if change:
+                    with torch.no_grad():
+                        for chunk in model:
+                            for parameter in chunk.parameters():
+                                parameter.fill_(-77.0)
+                notes["done"] = saved.done()
+                notes["memory"] = sorted(tensor.data_ptr() for tensor in saved.state.sources.values())
+                if not wait:
+                    return Outcome(notes=notes)
+                saved = saved.wait()
+            return Outcome(report=dataclasses.asdict(saved), notes=notes)
+    except Exception as error:
+        return _failed(error)
+    finally:
+        done.with_name(f"{done.name}.{me.rank}").touch()
+
+
+def wait(me: _Rank, *, iteration: int) -> Outcome:
+    """Wait for the async save of an earlier task."""
+    try:
+        report = me.handles[iteration].wait()
+    except Exception as error:
+        return _failed(error)
+    assert me.handles[iteration].done()
+    return Outcome(report=dataclasses.asdict(report))
+
+
+def _failed(error: Exception) -> Outcome:
+    problems = getattr(error, "problems", ())
+    if not problems:
+        traceback.print_exc()
+    return Outcome(
+        error=type(error).__name__,
+        code=str(error.code) if problems else None,  # type: ignore[attr-defined]
+        text=str(error),
+        tensors=[problem.tensor for problem in problems if problem.tensor],
+        files=[str(problem.file) for problem in problems if problem.file],
+    )
+
+
+def _call(me: _Rank, model: Any, path: str, hf: str | None, store: Any, options: dict[str, Any]) -> Any:
+    from tests.ranks.live_worker import _wrapped
+
+    import shardway
+    from shardway.live.save import CheckpointConfig, save_megatron_model
+
+    of_config = {field.name for field in dataclasses.fields(CheckpointConfig)}
+    config = CheckpointConfig(
+        **{"grace_seconds": 0.5, **{name: value for name, value in options.items() if name in of_config}}
+    )
+    rest = {name: value for name, value in options.items() if name not in of_config}
+    model = model[0] if len(model) == 1 and not hasattr(model[0], "sharded_state_dict") else _wrapped(model)
+    if hf is None:
+        return save_megatron_model(model, path, config=config, store=store, **rest)
+    if me.bridge is None:
+        me.bridge = shardway.AutoBridge.from_hf_pretrained(hf)
+    return me.bridge.save_megatron_model(model, path, config=config, store=store, **rest)
+
+
+@contextlib.contextmanager
+def _negated(model: Sequence[torch.nn.Module]) -> Iterator[None]:
+    import torch
+
+    def negate() -> None:
+        with torch.no_grad():
+            for chunk in model:
+                for parameter in chunk.parameters():
+                    parameter.neg_()
+
+    negate()
+    yield
+    negate()
+
+
+@contextlib.contextmanager
+def _resized(model: Sequence[Any], name: str, rows: int) -> Iterator[None]:
+    import torch
+
+    parameter = model[0].get_parameter(name)
+    data = parameter.data
+    parameter.data = torch.zeros(rows, *data.shape[1:], dtype=data.dtype)
+    yield
+    parameter.data = data
+
+
+def _store(kind: str | None, folder: Path) -> Any:
+    import torch.distributed
+
+    dist: Any = torch.distributed
+    if kind in (None, "file"):
+        return kind
+    if kind == "hash":
+        return dist.HashStore()
+    store = dist.FileStore(str(folder / f"own_{kind}"), -1)
+    if kind == "filestore":
+        return store
+    if kind == "prefix":
+        return dist.PrefixStore("a/b", dist.PrefixStore("c", store))
+    raise ValueError(kind)
+
+
+@contextlib.contextmanager
+def _fault(
+    mark: Path,
+    root: str,
+    *,
+    rank: Any,
+    at: str,
+    do: str,
+    after: int = 0,
+    seconds: float = 0.0,
+) -> Iterator[None]:
+    """Let something go wrong on this rank.
+
+    Args:
+        mark: A file that says that it has happened.
+        root: Where is being saved to.
+        rank: Which rank.
+        at: ``os.pwritev`` and the like; ``prepare``, ``write``, ``publish``, ``finish`` or ``tracker`` for a step of
+            the save; ``store`` for any call to the job's store.
+        do: ``kill`` or ``kill after``, ``sleep``, ``vanish`` (the staging folder is removed), or the name of an errno.
+        after: How many calls go well before.
+        seconds: How long to sleep, each time.
+    """
+    import torch.distributed as dist
+
+    import shardway.live.folder as steps
+
+    owner: Any
+    name = at
+    if at.startswith("os."):
+        owner, name = os, at[3:]
+    elif at == "tracker":
+        owner, name = steps, "publish_tracker"
+    elif at == "store":
+        owner, name = dist.distributed_c10d.PrefixStore, "compare_set"
+    else:
+        owner = steps.IterationFolder
+    real = getattr(owner, name)
+    calls = 0
+
+    def instead(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        if at == "os.open" and ".distcp" not in str(args[0]):
+            return real(*args, **kwargs)
+        calls += 1
+        if calls <= after:
+            return real(*args, **kwargs)
+        mark.touch()
+        if do == "sleep":
+            time.sleep(seconds)
+        elif do == "vanish":
+            for staging in Path(root).glob(".iter*"):
+                shutil.rmtree(staging)
+        elif do == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif do == "kill after":
+            real(*args, **kwargs)
+            os.kill(os.getpid(), signal.SIGKILL)
+        else:
+            number = getattr(errno, do)
+            raise OSError(number, os.strerror(number), str(args[0]) if at == "os.open" else None)
+        return real(*args, **kwargs)
+
+    with mock.patch.object(owner, name, instead):
+        yield
+
+
+if __name__ == "__main__":
+    _serve()
