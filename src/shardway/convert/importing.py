@@ -20,10 +20,11 @@ from shardway.families.config import HFConfig
 from shardway.families.layout import Layout
 from shardway.families.mapping import map_model
 from shardway.formats.huggingface import CONFIG_FILE, open_huggingface
+from shardway.formats.iterations import TRAIN_STATE
 from shardway.formats.record import RECORD_FILE, Record, read_record
 from shardway.formats.torch_dist import TRACKER, iteration_folder, open_torch_dist, tracker_text
 from shardway.plans.imports import ImportOptions, plan_import
-from shardway.run.destination import holds_checkpoint, in_the_way, publish_tracker, refuse_older
+from shardway.run.destination import Tracker, holds_checkpoint, in_the_way, refuse_older
 from shardway.run.engine import parse_workers
 from shardway.run.execute import check_apart, execute, preflight
 from shardway.run.progress import Meter
@@ -137,8 +138,9 @@ def import_hf(
             check_readable(plan, staging.path)
             compare_plan(plan, staging.path, num_workers, progress, digests)
         _check_unchanged(checkpoint, record.source)
-        staging.publish()
-    notes = publish_tracker(root, folder, options.iteration, sync=fsync)
+        with Tracker(root, options.iteration, plan.small_files[TRAIN_STATE], sync=fsync) as tracker:
+            staging.publish()
+            notes = tracker.publish()
     return report(reused=False, notes=notes)
 
 

@@ -154,8 +154,7 @@ def window(config: HFConfig) -> dict[str, object]:
 
     transformers lets a token see `sliding_window` keys, itself included; Megatron counts those to its left.
     """
-    size = config.get("sliding_window")
-    if size is None or not config.flag("use_sliding_window", default=True):
+    if config.get("sliding_window") is None:
         return {}
     fields: dict[str, object] = {"window_size": [config.count("sliding_window") - 1, 0]}
     num_layers = config.count("num_hidden_layers")

@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     from shardway.families.config import HFConfig
 
 
+def _derived(config: HFConfig) -> dict[str, object]:
+    windowed = config.flag("use_sliding_window", default=False)
+    return gqa.rope(config) | (gqa.window(config) if windowed else {})
+
+
 def _bias_caveats(config: HFConfig) -> list[str]:
     found = gqa.caveats(config)
     if config.flag("attention_bias", default=False):
@@ -25,7 +30,7 @@ QWEN2 = Family(
     flags={"qkv_bias": True, "proj_bias": False, "mlp_bias": False, "qk_norm": False},
     fields=gqa.FIELDS,
     constants=gqa.CONSTANTS | {"add_bias_linear": False, "add_qkv_bias": True},
-    derived=gqa.derived,
+    derived=_derived,
     caveats=gqa.caveats,
     ignored=gqa.IGNORED,
 )
@@ -38,7 +43,7 @@ QWEN3 = Family(
     head_dim=128,
     fields=(*gqa.FIELDS, Field("attention_bias", "add_qkv_bias", default=False)),
     constants=gqa.CONSTANTS | {"add_bias_linear": False, "qk_layernorm": True},
-    derived=gqa.derived,
+    derived=_derived,
     caveats=_bias_caveats,
     ignored=gqa.IGNORED,
 )

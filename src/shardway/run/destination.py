@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+from typing import TYPE_CHECKING, Self
 
 from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.formats.iterations import LATEST_TRAIN_STATE, TRACKER, TRAIN_STATE, tracker_text
-from shardway.run.publish import is_leftover, write_file
+from shardway.run.files import failing
+from shardway.run.publish import StagedFile, is_leftover
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,15 +31,17 @@ def holds_checkpoint(root: Path, folder: Path) -> bool:
     Raises:
         ShardwayError: `destination-exists` when the root is a file, or a directory that holds something else.
     """
-    if not root.exists():
-        return False
-    if not root.is_dir():
-        raise in_the_way(root, "it is not a directory", "choose another destination")
-    present = sorted(path.name for path in root.iterdir() if not is_leftover(path.name))
+    with failing("look at what is there", root):
+        if not root.exists():
+            return False
+        if not root.is_dir():
+            raise in_the_way(root, "it is not a directory", "choose another destination")
+        present = sorted(path.name for path in root.iterdir() if not is_leftover(path.name))
     if present and not any(name in (TRACKER, "release") or name.startswith("iter_") for name in present):
         listed = ", ".join(present[:4]) + (", ..." if len(present) > 4 else "")
         raise in_the_way(root, f"it is not empty and no Megatron checkpoint: {listed}", "choose another destination")
-    return folder.exists() and any(folder.iterdir())
+    with failing("look at what is there", folder):
+        return folder.exists() and any(folder.iterdir())
 
 
 def refuse_older(root: Path, folder: Path, iteration: int | None) -> None:
@@ -64,24 +68,58 @@ def tracked_iteration(root: Path) -> int | None:
     return int(text) if text.isdigit() and len(text) < 10 else None
 
 
-def publish_tracker(root: Path, folder: Path, iteration: int | None, *, sync: bool) -> tuple[str, ...]:
-    """Let the root name an iteration, last of all; a later iteration keeps its place.
+class Tracker:
+    """The files by which a root names its latest iteration, replaced last of all.
+
+    They are written beside their places when the context is entered, so that a full disk shows before anything is
+    published; `publish` renames them. Leaving the context without that removes them.
 
     Args:
-        root: Root of the checkpoint.
-        folder: The iteration's folder, in place.
-        iteration: Its number; None for a release.
+        root: Root of the checkpoint; it exists.
+        iteration: Number of the iteration that is about to be published; None for a release.
+        train_state: Contents of its train_state.pt.
         sync: Force the files to the device.
-
-    Returns:
-        What a user should know about it, one sentence each.
-
-    Raises:
-        ShardwayError: `io-failed`, or `no-space`.
     """
-    latest = tracked_iteration(root)
-    if latest is not None and (iteration is None or iteration < latest):
-        return (f"the tracker still names iteration {latest}",)
-    write_file(root / LATEST_TRAIN_STATE, (folder / TRAIN_STATE).read_bytes(), sync=sync)
-    write_file(root / TRACKER, tracker_text(iteration), sync=sync)
-    return ()
+
+    def __init__(self, root: Path, iteration: int | None, train_state: bytes, *, sync: bool) -> None:
+        self._files = [
+            StagedFile(root / LATEST_TRAIN_STATE, train_state, sync=sync),
+            StagedFile(root / TRACKER, tracker_text(iteration), sync=sync),
+        ]
+        self._root = root
+        self._iteration = iteration
+
+    def __enter__(self) -> Self:
+        self._staged = contextlib.ExitStack()
+        with contextlib.ExitStack() as staged:
+            for file in self._files:
+                staged.enter_context(file)
+            self._staged = staged.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._staged.close()
+
+    def publish(self) -> tuple[str, ...]:
+        """Let the root name the iteration, which is in place; a later iteration keeps its place.
+
+        Returns:
+            What a user should know about it, one sentence each.
+
+        Raises:
+            ShardwayError: `io-failed`.
+        """
+        latest = tracked_iteration(self._root)
+        if latest is not None and (self._iteration is None or self._iteration < latest):
+            return (f"the tracker still names iteration {latest}",)
+        for file in self._files:
+            file.publish()
+        return ()
+
+
+def publish_tracker(root: Path, folder: Path, iteration: int | None, *, sync: bool) -> tuple[str, ...]:
+    """Let the root name an iteration whose folder is in place already; see `Tracker`."""
+    with failing("read", folder / TRAIN_STATE):
+        train_state = (folder / TRAIN_STATE).read_bytes()
+    with Tracker(root, iteration, train_state, sync=sync) as tracker:
+        return tracker.publish()

@@ -148,30 +148,59 @@ def exchange(staged: Path, destination: Path) -> None:
     aside.rename(staged)
 
 
-def write_file(path: Path, contents: bytes, *, sync: bool) -> None:
-    """Replace a small file in one rename, so that a reader sees the old contents or the new.
+class StagedFile:
+    """A small file that is written beside its place when the context is entered, and takes it in one rename.
+
+    A reader sees the old contents or the new. Leaving the context without `publish` removes what was written.
 
     Args:
         path: The file.
         contents: All of its bytes.
         sync: Force it to the device before the rename, and the directory after it.
+    """
+
+    def __init__(self, path: Path, contents: bytes, *, sync: bool) -> None:
+        self._path = path
+        self._contents = contents
+        self._sync = sync
+        self._temporary = path.with_name(f".{path.name}.shardway-{os.getpid()}-{secrets.token_hex(4)}")
+
+    def __enter__(self) -> Self:
+        with failing(f"write {len(self._contents)} bytes", self._path):
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._temporary.write_bytes(self._contents)
+                if self._sync:
+                    _sync_file(self._temporary)
+            except BaseException:
+                self.__exit__()
+                raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self._temporary.unlink(missing_ok=True)
+
+    def publish(self) -> None:
+        """Rename the file into its place.
+
+        Raises:
+            ShardwayError: `io-failed`; the old contents are still there then.
+        """
+        with failing("publish", self._path):
+            self._temporary.replace(self._path)
+        if self._sync:
+            sync_directory(self._path.parent)
+
+
+def write_file(path: Path, contents: bytes, *, sync: bool) -> None:
+    """Replace a small file in one rename; the arguments are those of `StagedFile`.
 
     Raises:
         ShardwayError: `io-failed`, or `no-space`.
     """
-    temporary = path.with_name(f".{path.name}.shardway-{os.getpid()}-{secrets.token_hex(4)}")
-    with failing(f"write {len(contents)} bytes", path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(contents)
-            if sync:
-                _sync_file(temporary)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    if sync:
-        sync_directory(path.parent)
+    with StagedFile(path, contents, sync=sync) as file:
+        file.publish()
 
 
 def _is_filled(path: Path) -> bool:
