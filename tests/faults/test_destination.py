@@ -645,6 +645,21 @@ def test_a_run_that_is_stopped(number: int, tmp_path: Path) -> None:
     assert shardway.inspect(tmp_path / "m").iteration == 0
 
 
+@pytest.mark.parametrize("name", ["latest_train_state.pt", "latest_checkpointed_iteration.txt"])
+def test_a_tracker_that_can_not_be_written_publishes_nothing(
+    name: str, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.write_bytes
+
+    def write_bytes(path: Path, contents: bytes) -> int:
+        if name in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, contents)
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    refused(tmp_path, "no-space", lambda: shardway.import_hf(hf, tmp_path / "new"))
+
+
 def test_the_record_names_what_was_done(mcore: Path, hf: Path) -> None:
     record = json.loads((mcore / "iter_0000000/shardway.json").read_text())
     assert record["architecture"] == "LlamaForCausalLM"
