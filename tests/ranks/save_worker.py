@@ -373,6 +373,7 @@ def save(
     first: int | None = None,
     sign: int = 1,
     store: str | None = None,
+    slow: float = 0.0,
     faults: Sequence[Mapping[str, Any]] = (),
     only: Mapping[str, Mapping[str, Any]] | None = None,
     tensor: Sequence[Any] | None = None,
@@ -393,7 +394,8 @@ def save(
         first: The rank that calls first; the others wait for a moment.
         sign: What the values are multiplied with for this save.
         store: ``file``, or ``hash``, ``filestore``, ``prefix``, ``counted`` for one that is passed.
-        faults: What goes wrong: see `_fault`.
+        slow: Seconds that every piece of this save takes to be written, also after the call has returned.
+        faults: What goes wrong before the call returns: see `_fault`.
         only: Arguments that are different on some ranks.
         tensor: A parameter, the number of rows that it has for this task, and the rank where it does.
         plain: A kind of ``live_worker._plain_model`` to save instead.
@@ -441,6 +443,8 @@ def save(
             for number, fault in enumerate(faults):
                 if me.rank in (fault["rank"] if isinstance(fault["rank"], list) else [fault["rank"]]):
                     stack.enter_context(_fault(me.folder / f"{done.name}.fault{number}", path, **fault))
+            if slow:
+                _slow_down(path, options.get("iteration", 0), slow)
             stack.enter_context(collectives_forbidden())
             if first == me.rank:
                 (me.folder / f"{done.name}.first").touch()
@@ -518,8 +522,10 @@ def _negated(model: Sequence[torch.nn.Module]) -> Iterator[None]:
                     parameter.neg_()
 
     negate()
-    yield
-    negate()
+    try:
+        yield
+    finally:
+        negate()
 
 
 @contextlib.contextmanager
@@ -529,8 +535,24 @@ def _resized(model: Sequence[Any], name: str, rows: int) -> Iterator[None]:
     parameter = model[0].get_parameter(name)
     data = parameter.data
     parameter.data = torch.zeros(rows, *data.shape[1:], dtype=data.dtype)
-    yield
-    parameter.data = data
+    try:
+        yield
+    finally:
+        parameter.data = data
+
+
+def _slow_down(root: str, iteration: int, seconds: float) -> None:
+    """Let each write to the files of one save take a while, from now on."""
+    import shardway.live.writer as writer
+
+    real = writer._Output.put
+
+    def put(output: Any, views: Any) -> None:
+        if str(output._path).startswith(f"{root}/.iter_{iteration:07d}"):
+            time.sleep(seconds)
+        real(output, views)
+
+    mock.patch.object(writer._Output, "put", put).start()
 
 
 def _store(kind: str | None, folder: Path) -> Any:
