@@ -315,7 +315,7 @@ class World:
                 self._at(process.paused_until, process, kind, step)
                 return
         if step.run == process.run_number:
-            process.progress[step.number] = int(step.share * assignment.num_bytes * 1000)
+            process.progress[step.number] = int(step.share * (assignment.num_bytes + 1) * 1000)
         if step.share < 1:
             part = 0.25 if process.rank.write_s < DEADLINE_S else 0.05
             more = step._replace(share=min(1.0, step.share + part))
