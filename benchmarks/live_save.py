@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 TENSOR_PARALLEL = 2
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCABULARY = 2048, 16, 8, 128, 8192, 32768
+KINDS = ("fsync", "no-fsync", "async")
 OURS, TORCH, MEGATRON = "shardway", "torch.distributed.checkpoint", "megatron-core"
 COPY = "a memory copy of the same tensors"
 FRESH, REUSED = ", first save", ", later saves"
@@ -52,7 +53,7 @@ class Case(NamedTuple):
     """One way to save.
 
     Attributes:
-        what: ``"fsync"``, ``"no fsync"`` or ``"async"``.
+        what: ``"fsync"``, ``"no-fsync"`` or ``"async"``.
         name: Whose.
         prepare: What it needs, outside of the timing.
         save: Takes the destination and that; what it returns is called when the training loop would go on, and
@@ -88,6 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=float, default=1.1, help="gigabytes of weights (1.1)")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", choices=KINDS, nargs="+", default=KINDS, help="which kinds of saves")
     parser.add_argument("--dir", type=Path, default=Path("bench-work"), help="where to save; gets twice the size")
     parser.add_argument("--json", action="store_true", help="print every sample")
     parser.add_argument(
@@ -117,12 +119,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "PYTHONWARNINGS": "ignore",
         "TORCHDYNAMO_DISABLE": "1",
     }
-    command = [sys.executable, "-m", "benchmarks.live_save", "--dir", str(folder), "--rounds", str(arguments.rounds)]
+    command = [sys.executable, "-m", "benchmarks.live_save", "--dir", str(folder), "--size", str(arguments.size)]
+    command += ["--rounds", str(arguments.rounds), "--only", *arguments.only]
     ranks: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(TENSOR_PARALLEL):
             process = subprocess.Popen(
-                [*command, "--size", str(arguments.size), "--worker", str(rank)],
+                [*command, "--worker", str(rank)],
                 cwd=Path(__file__).resolve().parents[1],
                 stdin=subprocess.PIPE,
                 env=environment,
@@ -178,7 +181,7 @@ def work(rank: int, arguments: argparse.Namespace) -> None:
     sizes = [(each.numel(), each.element_size(), "norm" in name) for name, each in model.named_parameters()]
     num_parameters = sum(number * (1 if is_shared else TENSOR_PARALLEL) for number, _, is_shared in sizes)
     num_bytes = num_parameters * sizes[0][1]
-    cases = make_cases(model, hf_config)
+    cases = [case for case in make_cases(model, hf_config) if case.what in arguments.only]
     samples: dict[str, list[Sample]] = {f"{case.what}: {case.name}": [] for case in cases}
     for number in range(-2, arguments.rounds):  # one to warm up, one to look at memory
         turn = number % len(cases)
@@ -249,12 +252,13 @@ def make_cases(model: Any, hf_config: dict[str, object]) -> list[Case]:
     room = [torch_like(parameter) for parameter in model.parameters()]
 
     def copied(_: Path, targets: list[torch.Tensor] | None) -> None:
-        for source, target in zip(model.parameters(), targets or map(torch_like, model.parameters()), strict=True):
+        targets = targets or [torch_like(parameter) for parameter in model.parameters()]
+        for source, target in zip(model.parameters(), targets, strict=True):
             target.copy_(source.detach())
 
     cases = []
     for fsync in (True, False):
-        what = "fsync" if fsync else "no fsync"
+        what = "fsync" if fsync else "no-fsync"
         cases += [
             Case(what, OURS, new_bridge, partial(ours, model, fsync)),
             Case(what, TORCH, partial(torch_state, model), partial(dcp, fsync)),
@@ -479,7 +483,9 @@ def show(result: dict[str, Any]) -> None:
         f"\n{result['num_ranks']} ranks, TP={result['num_ranks']}: {result['num_parameters'] / 1e6:,.0f} million "
         f"parameters, bfloat16, {result['num_bytes'] / 1e9:.2f} GB; {rounds} rounds; torch {result['torch']}"
     )
-    for what in ("fsync", "no fsync"):
+    for what in ("fsync", "no-fsync"):
+        if f"{what}: {OURS}" not in timed:
+            continue
         print(f"\n{what:<31}{'median':>8}{'min':>7}{'max':>7}{'GB/s':>7}{'ours is':>13}{'extra per rank':>16}")
         for name in (OURS, TORCH, MEGATRON):
             samples = timed[f"{what}: {name}"]
@@ -491,6 +497,8 @@ def show(result: dict[str, Any]) -> None:
                 f"  {name:<29}{median:>6.2f} s{min(seconds):>7.2f}{max(seconds):>7.2f}"
                 f"{samples[0].num_bytes / median / 1e9:>7.2f}{beside:>15}{peak(every[f'{what}: {name}']):>11.1f} MB"
             )
+    if f"async: {COPY}, to old memory" not in timed:
+        return
     print(f"\n{'async, fsync':<50}{'blocked':>9}{'complete after':>16}{'extra per rank':>16}")
     for name in (name for name in timed if name.startswith("async: ")):
         samples = timed[name]
