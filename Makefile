@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
-# Test processes. Tests that start four real ranks leave little to share, so that more than two gain nothing on two cores.
+# Test processes; those that start real ranks bring up to four more each.
 JOBS   ?= 2
 PIP    := $(VENV)/bin/python -m pip --quiet --quiet --disable-pip-version-check
 RUN    := $(VENV)/bin/
