@@ -19,6 +19,7 @@ from shardway.families.config import HFConfig
 from shardway.families.layout import Layout
 from shardway.families.mapping import map_model
 from shardway.formats.record import Record
+from shardway.live.blocks import synchronise
 from shardway.live.dtensor import dtensor_state
 from shardway.live.folder import IterationFolder
 from shardway.live.rendezvous import save_together
@@ -216,6 +217,8 @@ def save_megatron_model(
         state = state.trimmed({key: mapping.mcore[key] for key in state.resizable & mapping.mcore.keys()})
     if config.async_save:
         state = state.snapshot(reuse=reuse.state if reuse is not None and reuse.done() else None)
+    else:
+        synchronise(state.devices)  # what this thread has enqueued; the writing is done on others
     folder = IterationFolder(
         root=root,
         iteration=iteration,
@@ -231,6 +234,7 @@ def save_megatron_model(
     )
     job = _Job(
         store=_meeting_place(store, root),
+        token=_job_id() if store == "file" else "",
         options=SaveOptions(
             fully_parallel=config.fully_parallel_save,
             validate=config.validate_access_integrity,
@@ -268,6 +272,7 @@ class _Job:
     """One save, ready to be run on the caller's thread or another one."""
 
     store: StoreLike | None
+    token: str
     options: SaveOptions
     participants: tuple[int, ...]
     agreement: Mapping[str, str]
@@ -277,7 +282,7 @@ class _Job:
         outcome: SaveOutcome = save_together(
             store=self.store,
             rank=folder.rank,
-            identity=SaveIdentity(destination=str(folder.root), iteration=folder.iteration),
+            identity=SaveIdentity(destination=str(folder.root), iteration=folder.iteration, token=self.token),
             shards=folder.state.shards,
             objects=folder.state.objects,
             needed=Needed(tensors=folder.tensors, resizable=folder.state.resizable, participants=self.participants),
@@ -328,6 +333,11 @@ def _agreement(config: CheckpointConfig, mapping: ModelMapping | None, state: Li
     if mapping is not None:
         said["megatron_config"] = str(sorted(mapping.megatron_config.items()))
     return said
+
+
+def _job_id() -> str:
+    """What tells this job from earlier ones with the same file store, by what its launcher says to every rank alike."""
+    return ":".join(os.environ.get(name, "") for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "RAY_JOB_ID"))
 
 
 def _meeting_place(store: StoreLike | Literal["file"] | None, root: Path) -> StoreLike | None:

@@ -67,7 +67,7 @@ class Engine:
         work: The batches; a thread prefers one whose file no other thread is working on.
         make_worker: Makes the worker of one thread.
         num_workers: Number of threads, at least 1.
-        finished: Called, on the thread that finished it, when the last batch of a file is done.
+        written: Called with its file when a batch is done, on the thread that did it.
     """
 
     def __init__(
@@ -75,15 +75,12 @@ class Engine:
         work: Sequence[Batch],
         make_worker: Callable[[], Worker],
         num_workers: int,
-        finished: Callable[[str], None] = lambda _: None,
+        written: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._waiting = list(reversed(work))
         self._make_worker = make_worker
         self._num_workers = max(1, min(num_workers, len(work)))
-        self._finished = finished
-        self._left: dict[str, int] = {}
-        for batch in work:
-            self._left[batch.file] = self._left.get(batch.file, 0) + 1
+        self._written = written
         self._active: dict[str, int] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -143,14 +140,4 @@ class Engine:
             self._active[batch.file] -= 1
             if not self._active[batch.file]:
                 del self._active[batch.file]
-            self._left[batch.file] -= 1
-            finished = not self._left[batch.file]
-        if finished:
-            self._finished(batch.file)
-
-
-def interrupted() -> ShardwayError:
-    """The error of a run that the user stopped."""
-    return ShardwayError(
-        Problem(code=Code.INTERRUPTED, what="stopped before the end; nothing was published", cure="run it again")
-    )
+        self._written(batch.file)

@@ -12,6 +12,7 @@ from shardway.plans.model import Direction, Plan
 from shardway.run.clone import Cloner
 from shardway.run.engine import Engine, batches
 from shardway.run.files import Files, failing
+from shardway.run.flusher import Flusher
 from shardway.run.mover import Mover
 
 if TYPE_CHECKING:
@@ -123,12 +124,12 @@ def execute(
             for offset, literal in target.literals:
                 written.write_from(target.name, literal, offset)
         work = batches(plan.streams, _import_file if importing else _export_file)
-        Engine(work, make_mover, num_workers, written.sync if staging.sync else lambda _: None).run()
         if staging.sync:
-            worked_on = {batch.file for batch in work}
-            for target in plan.targets:
-                if not importing or target.name not in worked_on:
-                    written.sync(target.name)
+            with Flusher(written) as flusher:
+                Engine(work, make_mover, num_workers, flusher.flush).run()
+                flusher.finish(target.name for target in plan.targets)
+        else:
+            Engine(work, make_mover, num_workers).run()
     _check_overflows(movers, plan)
     for name, contents in plan.small_files.items():
         staging.write(name, contents)

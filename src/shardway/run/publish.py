@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import re
-import secrets
 import shutil
 from pathlib import Path
 from typing import Self
@@ -35,7 +33,7 @@ class Staging:
         # A link to a directory stays; what it points to is replaced, and the staging directory is on that filesystem.
         self.destination = destination = destination.resolve()
         self.sync = sync
-        self.path = destination.parent / f".{destination.name}.shardway-{os.getpid()}-{secrets.token_hex(4)}"
+        self.path = destination.parent / f".{destination.name}.shardway-{os.getpid()}-{os.urandom(4).hex()}"
         self._created: list[Path] = []
         self._published = False
 
@@ -129,6 +127,8 @@ def exchange(staged: Path, destination: Path) -> None:
     Raises:
         OSError: Both are then as they were.
     """
+    import ctypes  # start-up is faster without it, and few runs replace anything
+
     libc = ctypes.CDLL(None, use_errno=True)
     renameat2 = getattr(libc, "renameat2", None)
     if renameat2 is not None:
@@ -163,7 +163,7 @@ class StagedFile:
         self._path = path
         self._contents = contents
         self._sync = sync
-        self._temporary = path.with_name(f".{path.name}.shardway-{os.getpid()}-{secrets.token_hex(4)}")
+        self._temporary = path.with_name(f".{path.name}.shardway-{os.getpid()}-{os.urandom(4).hex()}")
 
     def __enter__(self) -> Self:
         with failing(f"write {len(self._contents)} bytes", self._path):

@@ -47,23 +47,27 @@ def test_batches_keep_the_order_within_a_file(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("num_workers", [1, 3, 50])
-def test_everything_is_done_once_and_files_are_told_of_at_their_end(num_workers: int) -> None:
+def test_everything_is_done_once_and_every_batch_is_told_of_when_it_is_done(num_workers: int) -> None:
     work = [Batch(file, (stream(file, k), stream(file, k + 100))) for k in range(20) for file in "abc"]
     done: list[str] = []
-    finished: list[tuple[str, int]] = []
+    told: list[tuple[str, int]] = []
     lock = threading.Lock()
 
     def move(found: Stream) -> None:
         with lock:
             done.append(found.tensor)
 
-    def finish(file: str) -> None:
+    def written(file: str) -> None:
         with lock:
-            finished.append((file, sum(name.startswith(file) for name in done)))
+            told.append((file, sum(name.startswith(file) for name in done)))
 
-    Engine(work, lambda: Worker(move), num_workers, finish).run()
+    Engine(work, lambda: Worker(move), num_workers, written).run()
     assert sorted(done) == sorted(s.tensor for batch in work for s in batch.streams)
-    assert sorted(finished) == [("a", 40), ("b", 40), ("c", 40)]
+    assert sorted(file for file, _ in told) == sorted("abc" * 20)
+    for file in "abc":  # when a file is told of for the n-th time, at least n of its batches are done
+        seen = [count for name, count in told if name == file]
+        assert all(count >= 2 * number for number, count in enumerate(seen, start=1))
+        assert seen[-1] == 40
 
 
 def test_nothing_to_do() -> None:
