@@ -90,7 +90,9 @@ def main() -> None:
     parser.add_argument("--size", type=float, default=1.1, help="gigabytes of weights (1.1)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", choices=KINDS, nargs="+", default=KINDS, help="which kinds of saves")
-    parser.add_argument("--dir", type=Path, default=Path("bench-work"), help="where to save; gets one checkpoint at a time")
+    parser.add_argument(
+        "--dir", type=Path, default=Path("bench-work"), help="where to save; gets one checkpoint at a time"
+    )
     parser.add_argument("--json", action="store_true", help="print every sample")
     parser.add_argument(
         "--ranks", type=int, nargs="?", const=1024, help="simulate so many ranks (1024) instead; a multiple of 128"
