@@ -184,8 +184,11 @@ class IterationFolder:
         with failing("publish", self.folder):
             self._take_place(staging, mark)
             report(1)
-            for path in self._staged(staging):
-                if not path.name.endswith(_ASIDE):  # of a rank that may be in the middle of two renames
+            staged = self._staged(staging)
+            in_place = (self.folder / mark).is_dir()
+            for path in staged:
+                # Without an exchange, a rank that was overtaken may be about to put back what it has put aside.
+                if in_place or not path.name.endswith(_ASIDE):
                     shutil.rmtree(path, ignore_errors=True)
             shutil.rmtree(self.folder / mark, ignore_errors=True)
         publish_tracker(self.root, self.folder, self.iteration, sync=self.sync)
@@ -214,16 +217,16 @@ class IterationFolder:
 
     def _take_place(self, staging: str, mark: str) -> None:
         """Return when the new folder is in its place, whoever has put it there."""
-        own = self._staging(staging)
-        own = own.with_name(f"{own.name}-{secrets.token_hex(4)}")
+        path = self._staging(staging)
         for turn in range(_TURNS):
             time.sleep(0.01 * turn)  # another rank is at it: let it
             staged = self._staged(staging)
-            new = next((path for path in staged if (path / mark).is_dir()), None)
+            new = next((each for each in staged if (each / mark).is_dir()), None)
             if new is None:
                 if staged == self._staged(staging) and self.folder.is_dir():
                     return
                 continue
+            own = path.with_name(f"{path.name}-{secrets.token_hex(4)}")
             with contextlib.suppress(FileNotFoundError):  # taken over by another rank
                 new.rename(own)
                 _tidy(own, mark)
@@ -245,7 +248,13 @@ class IterationFolder:
                 raise in_the_way(
                     self.folder, "something has come to lie there", "move it away, and save again"
                 ) from error
-            exchange(new, self.folder)
+            try:
+                exchange(new, self.folder)
+            except OSError as overtaken:
+                if overtaken.errno not in _TAKEN:
+                    raise
+                # While this rank had put the old folder aside, another one has put the new one in its place.
+                raise FileNotFoundError(errno.ENOENT, "taken over by another rank", os.fspath(new)) from overtaken
 
     def _kinds(self, results: Sequence[WriterResult]) -> Mapping[str, tuple[DType, Shape]]:
         """What must be there: what is known to belong to the model, and all that the ranks brought."""

@@ -7,4 +7,4 @@ import importlib.util
 if importlib.util.find_spec("torch"):
     collect_ignore = []
 else:
-    collect_ignore = ["test_state.py", "test_writer.py", "test_dtensor.py", "test_megatron.py"]
+    collect_ignore = ["test_folder.py", "test_state.py", "test_writer.py", "test_dtensor.py", "test_megatron.py"]
