@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-AT_ONCE = 3
+AT_ONCE = 4
 STOP = 100.0
 
 

@@ -139,6 +139,7 @@ def test_ranks_that_disagree_are_told_both_sides(fleet: Fleet, known: Callable[[
         task | {"path": tmp_path / "three", "only": {"1": {"fully_parallel_save": False, "writers_per_rank": 2}}},
         task | {"hf": None, "path": tmp_path / "four", "tensor": [norm, 48, 1]},
         task | {"path": tmp_path / "five", "tensor": [norm, 48, 1]},
+        task | {"path": tmp_path / "six", "tensor": [norm, 48, 1], "validate_access_integrity": False},
     ]
     ran, replicas = fleet.run(model.world(2, tasks[:3], tp=2), model.world(2, tasks[3:]))
     for number, said in enumerate((str(tmp_path / "other"), "(iteration 5)")):
@@ -160,4 +161,7 @@ def test_ranks_that_disagree_are_told_both_sides(fleet: Fleet, known: Callable[[
     assert error.code == "save-disagrees"
     for fact in (norm, "shape [64]", "rank 1: bfloat16 of shape [48]"):
         assert fact in error.text
-    assert list(tmp_path.iterdir()) == []
+    # Who doesn't want to be told gets what the configuration says, from those who hold it.
+    same_report(replicas.of(2))
+    assert [path.name for path in tmp_path.iterdir()] == ["six"]
+    model.check(fleet, {tmp_path / "six/iter_0000000": 1})
