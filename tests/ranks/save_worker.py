@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -589,7 +590,7 @@ def _fault(
         root: Where is being saved to.
         rank: Which rank.
         at: ``os.pwritev`` and the like; ``prepare``, ``write``, ``publish``, ``finish`` or ``tracker`` for a step of
-            the save; ``store`` for any call to the job's store.
+            the save; ``store`` for any call to the job's store; ``time`` for so many `seconds` after the call.
         do: ``kill`` or ``kill after``, ``sleep``, ``vanish`` (the staging folder is removed), or the name of an errno.
         after: How many calls go well before.
         seconds: How long to sleep, each time.
@@ -600,6 +601,10 @@ def _fault(
 
     owner: Any
     name = at
+    if at == "time":
+        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        yield
+        return
     if at.startswith("os."):
         owner, name = os, at[3:]
     elif at == "tracker":

@@ -167,13 +167,15 @@ class Participant:
         register = attempt_key(part.identity)
         (found,) = yield from get(register)
         over: bytes | None = None
-        if found is not None and found.decode() != part.taken:
-            (over,) = yield from get(Keys(found.decode()).decision)
-        stale = over is not None and Decision.decode(over).decided_at < part.born
-        if found is None or found.decode() == part.taken or stale:
-            found = yield from swap(register, found or b"", part.nonce.encode())
-            over = None
-        self.staging = found.decode()
+        staging, opened_at = _opened(found)
+        # One that was opened before this process began is another job's, which may have been killed on its way: what
+        # its ranks have written must not become a part of this job's checkpoint.
+        if found is None or staging == part.taken or opened_at < part.born:
+            mine = f"{part.nonce} {self.wall():.3f}".encode()
+            staging, _ = _opened((yield from swap(register, found or b"", mine)))
+        else:
+            (over,) = yield from get(Keys(staging).decision)
+        self.staging = staging
         self.keys = Keys(self.staging)
         self.roster = Roster(self.keys, part.needed)
         return over is not None
@@ -340,3 +342,9 @@ class Participant:
             news = yield from sleep(until)
             if any(done.number == number for done in news.done):
                 return
+
+
+def _opened(register: bytes | None) -> tuple[str, float]:
+    """The newest attempt, and when it was opened, in seconds since 1970."""
+    staging, _, when = (register or b"").decode().partition(" ")
+    return staging, float(when or 0.0)
