@@ -154,7 +154,10 @@ def _add_hf(command: argparse.ArgumentParser) -> None:
 
 def _add_shard_size(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="most tensor bytes in a safetensors file (default: 5GB)"
+        "--max-shard-size",
+        default="auto",
+        metavar="SIZE",
+        help="most tensor bytes in a safetensors file (default: 5GB, less for small models)",
     )
 
 

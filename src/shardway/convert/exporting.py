@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from shardway.convert.options import IfExists, choice, parse_dtype, parse_size
+from shardway.convert.options import IfExists, choice, parse_dtype, parse_shard_size
 from shardway.convert.report import ConversionReport
 from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.families.config import HFConfig
@@ -44,7 +44,7 @@ def export_hf(
     *,
     hf: str | Path | None = None,
     dtype: str = "auto",
-    max_shard_size: str | int = "5GB",
+    max_shard_size: str | int = "auto",
     if_exists: str = "error",
     workers: int | None = None,
     fsync: bool = True,
@@ -64,6 +64,7 @@ def export_hf(
             import left in the iteration folder.
         dtype: ``"auto"`` keeps every tensor's bits; ``"bf16"``, ``"fp16"``, ``"fp32"`` cast floating-point tensors.
         max_shard_size: Most tensor bytes in one safetensors file: bytes, or text such as ``"5GB"``.
+            ``"auto"``: 5 GB, or less where that makes eight files of at least 512 MB, which are written side by side.
         if_exists: ``"error"``; ``"reuse"`` accepts a directory whose tensors are all bit-equal to what would be
             written; ``"replace"`` swaps the new one in when it is complete.
         workers: Threads; by default one per processor, at most 16.
@@ -82,7 +83,7 @@ def export_hf(
     origin, target = Path(source), Path(destination)
     exists = choice("if_exists", if_exists, IfExists)
     num_workers = parse_workers(workers)
-    options = ExportOptions(dtype=parse_dtype(dtype), max_shard_bytes=parse_size("max_shard_size", max_shard_size))
+    options = ExportOptions(dtype=parse_dtype(dtype), max_shard_bytes=parse_shard_size(max_shard_size))
     checkpoint = open_torch_dist(origin, wanted=is_model_state)
     job = prepare_export(checkpoint, None if hf is None else Path(hf), target, options)
     plan = job.plan

@@ -72,6 +72,15 @@ def parse_size(name: str, value: str | int) -> int:
     return num_bytes
 
 
+def parse_shard_size(value: str | int) -> int | None:
+    """Bytes of ``--max-shard-size``; None for ``auto``.
+
+    Raises:
+        ShardwayError: `option-invalid`.
+    """
+    return None if value == "auto" else parse_size("max_shard_size", value)
+
+
 def invalid_option(name: str, value: object, expected: str) -> ShardwayError:
     """The error of an option with a value that it can't have."""
     return ShardwayError(Problem(code=Code.OPTION_INVALID, what=f"{name}={value!r}; expected {expected}"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardway.convert.exporting import prepare_export
-from shardway.convert.options import choice, parse_dtype, parse_size
+from shardway.convert.options import choice, parse_dtype, parse_shard_size, parse_size
 from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.families.config import HFConfig
 from shardway.families.layout import Layout, layout_of
@@ -79,7 +79,7 @@ def plan(
     dtype: str = "auto",
     layout: str = "auto",
     max_file_size: str | int = "4GiB",
-    max_shard_size: str | int = "5GB",
+    max_shard_size: str | int = "auto",
 ) -> PlanReport:
     """Say what importing a Hugging Face checkpoint, or exporting a Megatron one, would read and write.
 
@@ -101,7 +101,7 @@ def plan(
     """
     path = Path(source)
     if is_megatron(path):
-        options = ExportOptions(dtype=parse_dtype(dtype), max_shard_bytes=parse_size("max_shard_size", max_shard_size))
+        options = ExportOptions(dtype=parse_dtype(dtype), max_shard_bytes=parse_shard_size(max_shard_size))
         try:
             checkpoint = open_torch_dist(path, wanted=is_model_state)
             job = prepare_export(checkpoint, None if hf is None else Path(hf), _NOWHERE, options)

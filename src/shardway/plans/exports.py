@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,8 +21,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from shardway.core.dtypes import DType
+    from shardway.core.tensors import Shape
     from shardway.families.mapping import ModelMapping
     from shardway.formats.torch_dist import TorchDistCheckpoint
+
+_LARGEST_SHARD_BYTES = 5 * 10**9
+_SMALLEST_SHARD_BYTES = 512 * 10**6
+_SHARDS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,11 +36,12 @@ class ExportOptions:
 
     Attributes:
         dtype: Type to cast floating-point tensors to; None keeps every tensor's bits.
-        max_shard_bytes: No safetensors file holds more tensor bytes, unless a single tensor has.
+        max_shard_bytes: No safetensors file holds more tensor bytes, unless a single tensor has. None: 5 GB, or less
+            where that makes eight files of at least 512 MB, so that threads need not write to one file.
     """
 
     dtype: DType | None = None
-    max_shard_bytes: int = 5 * 10**9
+    max_shard_bytes: int | None = None
 
 
 @collector_paused()
@@ -70,7 +77,8 @@ def plan_export(
     for tile in mapping.tiles:
         stored = source.catalog.tensors[tile.mcore.tensor].dtype
         dtypes[tile.hf.tensor] = options.dtype if options.dtype is not None and stored.floating else stored
-    shards = shard_tensors([(name, dtypes[name], shape) for name, shape in mapping.hf.items()], options.max_shard_bytes)
+    wanted = [(name, dtypes[name], shape) for name, shape in mapping.hf.items()]
+    shards = shard_tensors(wanted, options.max_shard_bytes or _shard_bytes(wanted))
     tensors: dict[str, StoredTensor] = {}
     targets = []
     for shard in shards:
@@ -93,6 +101,12 @@ def plan_export(
         copied_files=copied_files,
         notes=tuple(_notes(source, mapping, dtypes)),
     )
+
+
+def _shard_bytes(tensors: list[tuple[str, DType, Shape]]) -> int:
+    """The default limit of a shard: a few files that threads can write side by side, none too large to handle."""
+    total = sum(dtype.num_bytes(math.prod(shape)) for _, dtype, shape in tensors)
+    return min(_LARGEST_SHARD_BYTES, max(_SMALLEST_SHARD_BYTES, -(-total // _SHARDS)))
 
 
 def _notes(source: TorchDistCheckpoint, mapping: ModelMapping, dtypes: Mapping[str, DType]) -> list[str]:
