@@ -1,0 +1,51 @@
+"""The commands and code of the README and the guides, run as a user would, and the list of errors."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from shardway import Code
+from shardway.cli.main import main
+
+ROOT = Path(__file__).parents[2]
+LLAMA = ROOT / "tests" / "fixtures" / "hf" / "llama"
+
+
+def blocks(page: str) -> list[str]:
+    """The indented blocks of a page."""
+    return re.findall(r"(?:^    .*\n|^\n)+", (ROOT / page).read_text() + "\n", re.MULTILINE)
+
+
+def commands(page: str) -> list[list[str]]:
+    """The shardway commands of a page, in order."""
+    lines = [line.strip() for block in blocks(page) for line in block.splitlines()]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("shardway ")]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guide/convert.md"])
+def test_every_command_of_a_page_works(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an empty directory with the model that they name, in the order in which they stand there."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(LLAMA, "Llama-3.1-8B")
+    found = commands(page)
+    assert {command[0] for command in found} >= {"import", "export", "verify", "inspect", "plan"}
+    for command in found:
+        assert main(command) == 0, command
+
+
+def test_the_python_of_the_guide_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(LLAMA, "Llama-3.1-8B")
+    (code,) = [block for block in blocks("docs/guide/convert.md") if "import shardway" in block]
+    exec(compile("\n".join(line[4:] for line in code.splitlines()), "convert.md", "exec"), {})
+    assert Path("again/model.safetensors").exists()
+
+
+def test_every_error_is_explained() -> None:
+    explained = re.findall(r"^\| `([a-z-]+)` \|", (ROOT / "docs" / "errors.md").read_text(), re.MULTILINE)
+    assert sorted(explained) == sorted(code.value for code in Code)
