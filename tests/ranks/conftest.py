@@ -11,7 +11,7 @@ import pytest
 from tests.megatron import VOCABULARY_MULTIPLE, megatron_fields, require
 from tests.models import BY_NAME
 from tests.oracle import read_safetensors, same_bits
-from tests.ranks.save_worker import Fleet, World
+from tests.ranks.fleet import Fleet, World
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

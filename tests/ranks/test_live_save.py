@@ -6,8 +6,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from tests.oracle import read_torch_dist, same_bits
+from tests.ranks.fleet import World, listing, same_error, same_report
 from tests.ranks.live_worker import _plain_model
-from tests.ranks.save_worker import World, listing, same_error, same_report
 
 import shardway
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.ranks.conftest import Known
-    from tests.ranks.save_worker import Fleet
+    from tests.ranks.fleet import Fleet
 
 SHORT = {"distributed_timeout_minutes": 0.1}
 

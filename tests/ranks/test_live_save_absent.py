@@ -6,14 +6,14 @@ import math
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.ranks.save_worker import listing, same_error, same_report
+from tests.ranks.fleet import listing, same_error, same_report
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from tests.ranks.conftest import Known
-    from tests.ranks.save_worker import Fleet
+    from tests.ranks.fleet import Fleet
 
 SOON = 6.0
 SHORT = {"distributed_timeout_minutes": 0.02}

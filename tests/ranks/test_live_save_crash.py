@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tests.ranks.save_worker import Ran, listing, same_error, same_report
+from tests.ranks.fleet import Ran, listing, same_error, same_report
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from tests.ranks.conftest import Known
-    from tests.ranks.save_worker import Fleet, World
+    from tests.ranks.fleet import Fleet, World
 
 DEADLINE = {"distributed_timeout_minutes": 0.1}
 BOUND = 25.0

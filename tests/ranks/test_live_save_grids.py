@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tests.oracle import read_torch_dist, same_bits
+from tests.ranks.fleet import World, same_report
 from tests.ranks.live_worker import MODELS, pattern
-from tests.ranks.save_worker import World, same_report
 
 import shardway
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.ranks.conftest import Known
-    from tests.ranks.save_worker import Fleet
+    from tests.ranks.fleet import Fleet
 
 PER_LAYER = "per-layer"
 Grid = dict[str, int]
