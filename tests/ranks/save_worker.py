@@ -460,7 +460,7 @@ def _fault(
             time.sleep(seconds)
         elif do == "vanish":
             for staging in Path(root).glob(".iter*"):
-                staging.rename(mark.with_suffix(".gone"))  # at once, whoever is writing there
+                staging.rename(f"{mark}.{time.monotonic_ns()}")  # at once, whoever is writing there
         elif do == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         elif do == "kill after":
