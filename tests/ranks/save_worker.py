@@ -260,6 +260,8 @@ def save(
     if first is not None and me.rank != first:
         _until((me.folder / f"{done.name}.first").exists)
         time.sleep(0.3)
+    # Long where all come, which ends it, however busy the machine.
+    options = {"grace_seconds": 1.0 if absent or late or me.world["killed"] else 10.0, **options}
     options |= (only or {}).get(str(me.rank), {})
     path = options.pop("path", path)
     model = me.model
@@ -332,9 +334,7 @@ def _call(me: _Rank, model: Any, path: str, hf: str | None, store: Any, options:
     from shardway.live.save import CheckpointConfig, save_megatron_model
 
     of_config = {field.name for field in dataclasses.fields(CheckpointConfig)}
-    config = CheckpointConfig(
-        **{"grace_seconds": 0.5, **{name: value for name, value in options.items() if name in of_config}}
-    )
+    config = CheckpointConfig(**{name: value for name, value in options.items() if name in of_config})
     rest = {name: value for name, value in options.items() if name not in of_config}
     model = model[0] if len(model) == 1 and not hasattr(model[0], "sharded_state_dict") else _wrapped(model)
     if hf is None:

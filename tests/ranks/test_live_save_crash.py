@@ -65,7 +65,7 @@ def test_replicas_complete_the_save_of_a_coordinator_that_is_killed(
     for root, ran in zip(worlds, fleet.run(*worlds.values()), strict=True):
         survived(ran, 3)
         report = same_report(ran.of(1))
-        assert {1, 2} <= set(report["arrived"])
+        assert report["coordinator"] in report["arrived"]
         assert names(root) == PUBLISHED, root
         assert (root / "latest_checkpointed_iteration.txt").read_text() == "2"
         assert not [path.name for path in (root / "iter_0000002").iterdir() if path.name.startswith(".p")]
