@@ -88,7 +88,6 @@ _TABLE = (
 )
 _BY_NAME = {dtype.name: dtype for dtype in _TABLE}
 _BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in _TABLE if dtype.safetensors}
-_BY_STORAGE = {dtype.storage: dtype for dtype in _TABLE if dtype.storage}
 
 BFLOAT16 = _BY_NAME["bfloat16"]
 FLOAT16 = _BY_NAME["float16"]
@@ -117,15 +116,6 @@ def dtype_of_safetensors(tag: str) -> DType:
         ShardwayError: `dtype-unknown` for any other tag; there is no default.
     """
     return _look_up(_BY_SAFETENSORS, tag, "safetensors")
-
-
-def dtype_of_storage(class_name: str) -> DType:
-    """The dtype of torch's legacy storage class `class_name` (``"BFloat16Storage"``).
-
-    Raises:
-        ShardwayError: `dtype-unknown` for any other name; there is no default.
-    """
-    return _look_up(_BY_STORAGE, class_name, "torch storage")
 
 
 def _look_up(table: dict[str, DType], name: str, kind: str) -> DType:

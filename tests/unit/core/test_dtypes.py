@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shardway.core.dtypes import all_dtypes, dtype_of_safetensors, dtype_of_storage, dtype_of_torch
+from shardway.core.dtypes import all_dtypes, dtype_of_safetensors, dtype_of_torch
 from shardway.core.errors import ShardwayError
 
 
@@ -17,8 +17,6 @@ def test_names_lead_back(dtype: object) -> None:
     assert dtype_of_torch(f"torch.{dtype.name}") is dtype
     if dtype.safetensors:
         assert dtype_of_safetensors(dtype.safetensors) is dtype
-    if dtype.storage:
-        assert dtype_of_storage(dtype.storage) is dtype
     if dtype.numpy_name:
         assert dtype.numpy().itemsize == dtype.itemsize
 
@@ -45,7 +43,7 @@ def test_packed_elements() -> None:
         assert caught.value.codes == {"dtype-unsupported"}
 
 
-@pytest.mark.parametrize("look_up", [dtype_of_torch, dtype_of_safetensors, dtype_of_storage])
+@pytest.mark.parametrize("look_up", [dtype_of_torch, dtype_of_safetensors])
 @pytest.mark.parametrize("name", ["", "float", "bf16", "BFLOAT16"])
 def test_there_is_no_default(look_up: object, name: str) -> None:
     assert callable(look_up)
