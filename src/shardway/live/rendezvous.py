@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.live.memory_store import MemoryStore
 from shardway.live.messages import attempt_key
-from shardway.live.processes import began_at, is_dead, this_process
+from shardway.run.processes import began_at, is_dead, this_process
 from shardway.live.protocol import Part, Participant
 from shardway.live.requests import (
     Abandon,
