@@ -192,4 +192,3 @@ class IterationFolder:
         known = {key: (dtype or BFLOAT16, shape) for key, (dtype, shape) in (self.tensors or {}).items()}
         items = (item.shard for result in results for item in result.shards)
         return known | {shard.key: (shard.dtype, shard.global_shape) for shard in items}
-

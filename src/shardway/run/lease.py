@@ -29,6 +29,7 @@ from shardway.run.pulse import Pulse, Sign, read_sign
 if TYPE_CHECKING:
     from pathlib import Path
 
+JOURNAL = "journal"
 _SUFFIX = ".shardway-staging"
 _LEASE, _FILES, _OLD = "lease-", "files-", "-old"
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY}
@@ -94,6 +95,7 @@ class Lease:
         key: What tells this work from other work on the same destination.
         directory: Where everything is kept.
         files: The directory that will be published.
+        journal: The file that says which files are finished.
         made: The directories above `destination` that were made for it, outermost first.
         restored: Whether a checkpoint that a dead holder had put aside was put back.
     """
@@ -106,6 +108,7 @@ class Lease:
         self._sign = Sign.of_this_process(doing, key, self._nonce)
         self._pulse = Pulse(self.directory / f"{_LEASE}{self._nonce}", self._sign)
         self.files = self.directory / f"{_FILES}{self._nonce}"
+        self.journal = self.directory / JOURNAL
         self.made: list[Path] = []
         self.restored = False
 

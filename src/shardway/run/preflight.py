@@ -6,7 +6,7 @@ import os
 import shutil
 from typing import TYPE_CHECKING
 
-from shardway.core.errors import Code, Problems, ShardwayError
+from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.formats.safetensors import unreadable_file
 from shardway.run.files import failing
 from shardway.run.lease import disk_bytes, staging_directory
@@ -14,17 +14,24 @@ from shardway.run.lease import disk_bytes, staging_directory
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from shardway.core.errors import Problems
     from shardway.plans.model import Plan
 
 
-def check_apart(source: Path, destination: Path, problems: Problems) -> None:
-    """Check that a conversion would not write into what it reads: `destination-inside-source`."""
+def check_apart(source: Path, destination: Path) -> None:
+    """Check that a conversion would not write into what it reads.
+
+    Raises:
+        ShardwayError: `destination-inside-source`.
+    """
     if destination.resolve().is_relative_to(source.resolve()):
-        problems.add(
-            Code.DESTINATION_INSIDE_SOURCE,
-            f"the destination lies inside the source {source}",
-            file=destination,
-            cure="choose a destination outside of it",
+        raise ShardwayError(
+            Problem(
+                code=Code.DESTINATION_INSIDE_SOURCE,
+                what=f"the destination lies inside the source {source}",
+                file=destination,
+                cure="choose a destination outside of it",
+            )
         )
 
 
@@ -47,41 +54,42 @@ def bytes_needed(plan: Plan, companions: Path, problems: Problems) -> int:
     return needed
 
 
-def check_room(destination: Path, needed_bytes: int, problems: Problems) -> None:
-    """Check that the destination can be made and has room: `destination-unwritable`, `no-space`.
+def check_room(destination: Path, needed_bytes: int) -> None:
+    """Check that the destination can be made and has room.
 
     What an earlier run left in its staging directory counts as room: it is used again or removed.
 
     Args:
         destination: Directory that is to appear, or to be replaced.
         needed_bytes: What will be written there.
-        problems: Gets what is found.
+
+    Raises:
+        ShardwayError: `destination-unwritable`, `no-space`.
     """
     parent = destination.resolve().parent
-    try:
-        with failing("look for the destination", destination, Code.DESTINATION_UNWRITABLE):
-            existing = next(path for path in (parent, *parent.parents) if path.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            problems.add(
-                Code.DESTINATION_UNWRITABLE,
-                f"nothing can be created in {existing}",
+    with failing("look for the destination", destination, Code.DESTINATION_UNWRITABLE):
+        existing = next(path for path in (parent, *parent.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ShardwayError(
+            Problem(
+                code=Code.DESTINATION_UNWRITABLE,
+                what=f"nothing can be created in {existing}",
                 file=destination,
                 facts=("it is not a directory",) if not existing.is_dir() else ("no permission to write",),
                 cure="choose another destination",
             )
-            return
-        with failing("find the free space", existing, Code.DESTINATION_UNWRITABLE):
-            free = shutil.disk_usage(existing).free
-    except ShardwayError as error:
-        problems.extend(error.problems)
-        return
+        )
+    with failing("find the free space", existing, Code.DESTINATION_UNWRITABLE):
+        free = shutil.disk_usage(existing).free
     if needed_bytes > free:
         free += disk_bytes(staging_directory(destination))
     if needed_bytes > free:
-        problems.add(
-            Code.NO_SPACE,
-            "the destination has too little free space",
-            file=destination,
-            facts=(f"needed {needed_bytes:,} bytes, free {free:,} bytes",),
-            cure="free space there, or choose another destination",
+        raise ShardwayError(
+            Problem(
+                code=Code.NO_SPACE,
+                what="the destination has too little free space",
+                file=destination,
+                facts=(f"needed {needed_bytes:,} bytes, free {free:,} bytes",),
+                cure="free space there, or choose another destination",
+            )
         )

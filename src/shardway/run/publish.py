@@ -22,7 +22,7 @@ from shardway.run.pulse import Pulse, Sign
 from shardway.run.staged_file import sync_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from shardway.run.lease import Lease
@@ -57,6 +57,42 @@ class Staging:
         self._published = self._replaced = False
         with failing("create directory", self.path):
             self.path.mkdir(exist_ok=True)
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Remove every file but these; what is removed may have been begun by a process that is only asleep.
+
+        Raises:
+            ShardwayError: `io-failed`.
+        """
+        kept = {self.path / name for name in names}
+        with failing("remove what was not finished", self.path):
+            for folder, _, found in os.walk(self.path, topdown=False):
+                for name in found:
+                    path = self.path / folder / name
+                    if path not in kept:
+                        path.unlink()
+                if self.path / folder != self.path:
+                    with contextlib.suppress(OSError):
+                        os.rmdir(folder)  # succeeds only when it is empty
+
+    @contextlib.contextmanager
+    def published(self) -> Iterator[None]:
+        """Publish; take it back if anything goes wrong while the context lasts.
+
+        Raises:
+            ShardwayError: What `publish` raises. What the context raises passes; where taking back fails, the new
+                directory stays in place, whole, and the error says so.
+        """
+        try:
+            self.publish()
+            yield
+        except BaseException as error:
+            try:
+                self.retract()
+            except ShardwayError as left:
+                if isinstance(error, ShardwayError):
+                    raise ShardwayError((*error.problems, *left.problems)) from error
+            raise
 
     def check(self) -> None:
         """Raise if another process is known to have taken over; costs nothing otherwise.
@@ -281,9 +317,12 @@ class SharedStaging:
         Raises:
             ShardwayError: `verify-failed`, `io-failed`.
         """
+        found = {}
         with failing("look at what was published", self.destination):
-            found = _sizes(self.destination)
-        _check_sizes(self.destination, sealed, {name: found[name] for name in found if name in sealed})
+            for name in sealed:
+                with contextlib.suppress(FileNotFoundError):
+                    found[name] = (self.destination / name).lstat().st_size
+        _check_sizes(self.destination, sealed, found)
 
     def remove(self) -> None:
         """Remove the directory if it is there; never raises."""
@@ -385,9 +424,7 @@ def put(staged: Path, destination: Path, *, replace: bool) -> bool:
         if error.errno not in _TAKEN:
             raise
         if not replace:
-            raise in_the_way(
-                destination, "something has come to lie there", "move it away, and run again"
-            ) from error
+            raise in_the_way(destination, "something has come to lie there", "move it away, and run again") from error
         exchange(staged, destination)
         return True
     return False

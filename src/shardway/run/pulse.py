@@ -54,9 +54,7 @@ class Sign:
     @classmethod
     def of_this_process(cls, doing: str, key: str = "", nonce: str = "") -> Sign:
         """The sign of this process."""
-        return cls(
-            doing=doing, key=key, host=os.uname().nodename, pid=os.getpid(), process=this_process(), nonce=nonce
-        )
+        return cls(doing=doing, key=key, host=os.uname().nodename, pid=os.getpid(), process=this_process(), nonce=nonce)
 
     def to_bytes(self) -> bytes:
         """The contents of the file: always as long, so that it is overwritten in place and never seen empty."""

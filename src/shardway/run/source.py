@@ -43,6 +43,10 @@ class Snapshot:
                 except OSError:
                     continue  # reading it will tell
 
+    def num_bytes(self, suffix: str) -> int:
+        """Bytes of all files whose names end in `suffix`."""
+        return sum(found.num_bytes for name, found in self._found.items() if name.endswith(suffix))
+
     def fingerprint(self, names: Iterable[str]) -> str:
         """What tells one source from another: names, sizes and times of change of some files, as an xxh3-128.
 

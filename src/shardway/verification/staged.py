@@ -179,7 +179,7 @@ def _damaged_exports(
         return set(whole)
     # A difference is told by the tensor of the source: all files that hold some of it are given up.
     return {
-        stream.tensor and staged[stream.tensor].chunks[0].file
+        staged[stream.tensor].chunks[0].file
         for stream in swapped.streams
         if any(piece.tile.hf.tensor in differences for piece in stream.pieces)
     }
