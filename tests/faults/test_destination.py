@@ -477,9 +477,7 @@ class TestFailuresWhileRunning:
         monkeypatch.setattr(Path, "rename", rename)
         monkeypatch.setattr(Path, "replace", replace)
         convert()
-        (published,) = [
-            k for k, event in enumerate(events) if event.startswith("rename ") and "shardway" not in event
-        ]
+        (published,) = [k for k, event in enumerate(events) if event.startswith("rename ") and "shardway" not in event]
         data = [k for k, event in enumerate(events) if event.endswith((".distcp", ".safetensors", "config.json"))]
         assert data
         assert max(data) < published

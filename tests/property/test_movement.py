@@ -200,7 +200,7 @@ def run(job: Job, direction: Direction, limits: Limits, root: Path) -> tuple[Pla
         compare_plan(plan, staging.path, limits.workers, None, digests)
         noted = read_journal(journal_of(destination), "key").files
         assert noted.keys() == {name for name, size in files.items() if size}
-        assert not importing or {key: hex for found in noted.values() for key, hex in found.items()} == digests
+        assert not importing or {key: each for found in noted.values() for key, each in found.items()} == digests
         staging.seal()
         staging.publish()
     assert all((count == 1).all() for count in times.values())
