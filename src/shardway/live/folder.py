@@ -14,7 +14,7 @@ from shardway.live.writer import write_shards
 from shardway.plans.imports import HF_FOLDER
 from shardway.run.destination import holds_checkpoint, in_the_way, publish_tracker, refuse_older
 from shardway.run.files import failing, sync_directory
-from shardway.run.publish import SharedStaging
+from shardway.run.publish import SharedStaging, is_unsettled
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -72,13 +72,15 @@ class IterationFolder:
     def prepare(self, staging: str) -> None:
         """Create the staging folder, unless the iteration is in place already and may not be replaced.
 
+        An iteration whose save was killed after its last rename, but before the tracker named it, may be.
+
         Raises:
             ShardwayError: `destination-exists`, `destination-unwritable`, `io-failed`, `no-space`.
 
         *Ranks*: coordinator.
         """
         if holds_checkpoint(self.root, self.folder):
-            if not self.replace:
+            if not self.replace and not is_unsettled(self.folder):
                 raise in_the_way(
                     self.folder, "it holds a checkpoint", "choose another path or iteration, or if_exists='replace'"
                 )
@@ -162,10 +164,12 @@ class IterationFolder:
 
         *Ranks*: any.
         """
-        self._staging(staging).publish(tag, replace=self.replace, report=report)
+        shared = self._staging(staging)
+        shared.publish(tag, replace=self.replace, report=report)
         publish_tracker(self.root, self.folder, self.iteration, sync=self.sync)
         if self.sync:
             sync_directory(self.root)
+        shared.settle(tag)
 
     def abandon(self, staging: str) -> None:
         """Remove the staging folder, and what directories above it this save has made; never raises.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardway.core.errors import Code, Problem, Problems, ShardwayError
+from shardway.run.destination import publish_tracker, tracked_iteration
 from shardway.run.files import failing
 from shardway.run.lease import Lease, disk_bytes, look, staging_directory
 from shardway.run.processes import is_dead
@@ -170,6 +171,13 @@ def _shape(path: Path) -> Iterator[tuple[str, int, int]]:
                 yield os.path.join(folder, name), status.st_size, status.st_mtime_ns
 
 
+def _name_iteration(folder: Path) -> None:
+    """Do what a live save still had to do when it was killed after its last rename: let the tracker name it."""
+    latest = tracked_iteration(folder.parent)
+    if folder.name.startswith("iter_") and (latest is None or latest < int(folder.name.removeprefix("iter_"))):
+        publish_tracker(folder.parent, folder, int(folder.name.removeprefix("iter_")), sync=True)
+
+
 def _remove(path: Path) -> Path | None:
     """Remove something that is abandoned; return what was put back in its place, if anything was."""
     lease = _LEASE.fullmatch(path.name)
@@ -185,6 +193,8 @@ def _remove(path: Path) -> Path | None:
             with contextlib.suppress(OSError):
                 path.rmdir()
         return None
+    if path.name.startswith(MARK):
+        _name_iteration(path.parent)
     live = _LIVE.fullmatch(path.name)
     if live is not None and live[3] and path.is_dir():
         destination = path.with_name(live[1])

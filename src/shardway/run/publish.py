@@ -293,7 +293,7 @@ class SharedStaging:
         Several ranks may do this at once, and any of them may be killed at any point of it. What makes that safe is
         that each takes the staging folder over by renaming it to a name of its own: of two, one succeeds, and who
         was overtaken has nothing left under the name that it goes on to use. The new folder is told from an old one
-        that it replaced by the directory of its attempt, which is removed last.
+        that it replaced by the directory of its attempt, which stays until `settle`.
 
         Raises:
             ShardwayError: `io-failed`; `verify-failed`; `destination-exists` when something else has come to lie there.
@@ -309,7 +309,13 @@ class SharedStaging:
                 # Without an exchange, a rank that was overtaken may be about to put back what it has put aside.
                 if in_place or not path.name.endswith(_ASIDE):
                     shutil.rmtree(path, ignore_errors=True)
-            shutil.rmtree(self._marked(self.destination, tag), ignore_errors=True)
+
+    def settle(self, tag: str) -> None:
+        """Remove what tells that something was still to be done after `publish`; never raises.
+
+        *Ranks*: any.
+        """
+        shutil.rmtree(self._marked(self.destination, tag), ignore_errors=True)
 
     def validate(self, sealed: Mapping[str, int]) -> None:
         """Look at what is published as a reader does: every file that was sealed is there, with its size.
@@ -361,7 +367,7 @@ class SharedStaging:
 
     def _put(self, new: Path, *, replace: bool) -> None:
         try:
-            put(new, self.destination, replace=replace)
+            put(new, self.destination, replace=replace or is_unsettled(self.destination))
         except OSError as overtaken:
             if overtaken.errno not in _TAKEN:
                 raise
@@ -389,6 +395,14 @@ MARK = ".publish-"  # begins the names of the directories of its attempts to pub
 def is_leftover(name: str) -> bool:
     """Whether a name is one that a run which was killed may have left beside its destination."""
     return _TEMPORARY.fullmatch(name) is not None
+
+
+def is_unsettled(folder: Path) -> bool:
+    """Whether a folder was published by a live save that was killed before it had done all that follows."""
+    try:
+        return any(name.startswith(MARK) for name in os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def live_staging_name(name: str, save: str) -> str:
