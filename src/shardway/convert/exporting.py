@@ -27,6 +27,7 @@ from shardway.plans.streams import build_streams
 from shardway.run.destination import in_the_way
 from shardway.run.engine import parse_workers
 from shardway.run.execute import execute
+from shardway.run.files import failing
 from shardway.run.lease import look
 from shardway.run.preflight import bytes_needed, check_apart, check_room
 from shardway.run.progress import Meter
@@ -301,11 +302,12 @@ def _holds_one(target: Path, exists: IfExists) -> bool:
     Raises:
         ShardwayError: `destination-exists`.
     """
-    if not target.exists():
-        return False
-    if not target.is_dir():
-        raise in_the_way(target, "it is not a directory", "choose another destination")
-    present = sorted(path.name for path in target.iterdir())
+    with failing("look at what is there", target):
+        if not target.exists():
+            return False
+        if not target.is_dir():
+            raise in_the_way(target, "it is not a directory", "choose another destination")
+        present = sorted(path.name for path in target.iterdir())
     if not present:
         return False
     if CONFIG_FILE not in present and not any(name.endswith(".safetensors") for name in present):

@@ -208,12 +208,17 @@ class Lease:
         if self._pulse.path.exists():
             with contextlib.suppress(OSError):
                 self._pulse.end()  # should removing it fail, nobody has to wait for it
-            with contextlib.suppress(OSError):
-                names = os.listdir(self.directory)
-                # The lease itself last: as long as it is there, others wait.
-                for name in sorted(names, key=lambda name: name.startswith(_LEASE)):
-                    _unlink(self.directory / name)
-            _rmdir(self.directory)
+            for _ in range(_TRIES):
+                try:
+                    # The lease itself last: as long as it is there, others wait.
+                    for name in sorted(os.listdir(self.directory), key=lambda name: name.startswith(_LEASE)):
+                        (self.directory / name).unlink(missing_ok=True)
+                    self.directory.rmdir()
+                except FileNotFoundError:
+                    break
+                except OSError:
+                    continue
+                break
         for directory in reversed(self.made):
             with contextlib.suppress(OSError):
                 directory.rmdir()  # succeeds only when it is empty
@@ -282,20 +287,3 @@ def _remove_tree(path: Path) -> None:
         if not os.path.lexists(path):
             return
 
-
-def _unlink(path: Path) -> None:
-    for _ in range(_TRIES):
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
-            return
-
-
-def _rmdir(path: Path) -> None:
-    for _ in range(_TRIES):
-        try:
-            path.rmdir()
-        except FileNotFoundError:
-            return
-        except OSError:
-            continue
-        return
