@@ -1,8 +1,8 @@
 """Runs a function in a child process whose system calls on files can be made to fail, or be its last.
 
-The kernel hands each such call to this process before it is carried out (seccomp's user notification), so that nothing the
-interpreter or a library does in C is missed, and every failure is one that the kernel could have returned. It needs Linux
-5.5, x86-64 or ARM64, and no privileges.
+The kernel hands each such call to this process before it is carried out (seccomp's user notification), so that nothing
+the interpreter or a library does in C is missed, and every failure is one that the kernel could have returned. It needs
+Linux 5.5, x86-64 or ARM64, and no privileges.
 """
 
 from __future__ import annotations
@@ -173,9 +173,7 @@ def _child(action: Callable[[], object], parent: socket.socket) -> None:
 
 
 def _install() -> int:
-    machine = platform.machine()
-    column = 0 if machine == "x86_64" else 1
-    numbers = [entry[column] for entry in _CALLS.values() if entry[column] is not None]
+    numbers = [number for number in _numbers() if number is not None]
     program = struct.pack("HBBI", 0x20, 0, 0, 0)
     for place, number in enumerate(numbers):
         program += struct.pack("HBBI", 0x15, len(numbers) - place, 0, number)
@@ -183,10 +181,15 @@ def _install() -> int:
     buffer = ctypes.create_string_buffer(program)
     header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(buffer)))
     _libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-    listener = int(_libc.syscall(_SECCOMP[machine], _FILTER, _NEW_LISTENER, header))
+    listener = int(_libc.syscall(_SECCOMP[platform.machine()], _FILTER, _NEW_LISTENER, header))
     if listener < 0:
         raise OSError(ctypes.get_errno(), "seccomp")
     return listener
+
+
+def _numbers() -> list[int | None]:
+    """The numbers of the calls on this machine, in their order; None for those that it does not have."""
+    return [x86 if platform.machine() == "x86_64" else arm for x86, arm, _, _ in _CALLS.values()]
 
 
 def _supervise(pid: int, child: socket.socket, root: str, decide: Callable[[int, Call], Fail | str | None]) -> Ended:
@@ -196,7 +199,7 @@ def _supervise(pid: int, child: socket.socket, root: str, decide: Callable[[int,
         os.waitpid(pid, 0)
         raise OSError(errno.ENOSYS, "no seccomp notification")
     (listener,) = descriptors
-    names = {entry[0 if platform.machine() == "x86_64" else 1]: name for name, entry in _CALLS.items()}
+    names = dict(zip(_numbers(), _CALLS, strict=True))
     report = b""
     try:
         child.send(b"g")

@@ -1,4 +1,4 @@
-"""Each operation on a file fails in turn: the run ends in success or a clear error, and nothing is lost or left behind."""
+"""Each operation on a file fails in turn: success or a clear error, and nothing is lost or left behind."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scene]:
     "name",
     ["import", "import, replacing", "export", "export, replacing", "live save", "live save, replacing"],
 )
-def test_each_operation_fails_in_turn(name: str, scenes: dict[str, Scene], tmp_path: Path) -> None:
+def test_each_operation_fails_in_turn(name: str, scenes: dict[str, Scene], stages: Path) -> None:
     """One errno for each operation, another one for the next of its kind; all with SHARDWAY_EVERY_ERRNO=1."""
     scene = scenes[name]
     turns: dict[str, int] = {}
@@ -65,7 +65,7 @@ def test_each_operation_fails_in_turn(name: str, scenes: dict[str, Scene], tmp_p
         kinds: list[int] = [-1]
         while kinds:
             kind = kinds.pop()
-            stage = tmp_path / str(next(numbers))
+            stage = stages / str(next(numbers))
             failed = fail(scene, stage, place, kind, turns, wrong)
             if failed is None:
                 assert not wrong, f"{len(wrong)} of {sum(ends.values())} end wrongly:\n" + "\n".join(wrong[:20])

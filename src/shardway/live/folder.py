@@ -14,7 +14,7 @@ from shardway.live.writer import write_shards
 from shardway.plans.imports import HF_FOLDER
 from shardway.run.destination import holds_checkpoint, in_the_way, publish_tracker, refuse_older
 from shardway.run.files import failing, sync_directory
-from shardway.run.publish import SharedStaging, is_unsettled
+from shardway.run.publish import SharedStaging, is_unsettled, persistently
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -166,9 +166,9 @@ class IterationFolder:
         """
         shared = self._staging(staging)
         shared.publish(tag, replace=self.replace, report=report)
-        publish_tracker(self.root, self.folder, self.iteration, sync=self.sync)
+        persistently(lambda: publish_tracker(self.root, self.folder, self.iteration, sync=self.sync))
         if self.sync:
-            sync_directory(self.root)
+            persistently(lambda: sync_directory(self.root))
         shared.settle(tag)
 
     def abandon(self, staging: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 from shardway.core.errors import Code, Problem, Problems, ShardwayError
 from shardway.run.destination import publish_tracker, tracked_iteration
 from shardway.run.files import failing
-from shardway.run.lease import Lease, disk_bytes, look, staging_directory
+from shardway.run.lease import Lease, disk_bytes, look, remove_tree, staging_directory
 from shardway.run.processes import is_dead
 from shardway.run.progress import Progress
 from shardway.run.publish import ALIVE, MARK, is_leftover
@@ -208,8 +207,7 @@ def _remove(path: Path) -> Path | None:
         with contextlib.suppress(OSError):
             path.rename(aside)
             path = aside
-        for _ in range(3):
-            shutil.rmtree(path, ignore_errors=True)
+        remove_tree(path)
     else:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)

@@ -202,8 +202,8 @@ class Lease:
 
         Whoever has taken over meanwhile is left alone.
         """
-        _remove_tree(self.files)
-        _remove_tree(self.files.with_name(f"{self.files.name}{_OLD}"))
+        remove_tree(self.files)
+        remove_tree(self.files.with_name(f"{self.files.name}{_OLD}"))
         self._pulse.stop()
         if self._pulse.path.exists():
             with contextlib.suppress(OSError):
@@ -248,7 +248,7 @@ class Lease:
             os.close(descriptor)
 
     def _discard(self, new: Path) -> None:
-        _remove_tree(new)
+        remove_tree(new)
         for directory in reversed(self.made):
             with contextlib.suppress(OSError):
                 directory.rmdir()
@@ -259,13 +259,13 @@ class Lease:
         for name in names:
             if name.startswith(_FILES) and not name.endswith(_OLD):
                 if self.files.exists():
-                    _remove_tree(self.directory / name)
+                    remove_tree(self.directory / name)
                 else:
                     (self.directory / name).rename(self.files)
         for name in names:
             if name.startswith(_FILES) and name.endswith(_OLD):
                 if os.path.lexists(self.destination):
-                    _remove_tree(self.directory / name)
+                    remove_tree(self.directory / name)
                 else:
                     (self.directory / name).rename(self.destination)
                     self.restored = True
@@ -277,13 +277,12 @@ class Lease:
             self.directory.rename(aside)
             if any(name.startswith(_LEASE) for name in os.listdir(aside)):
                 aside.rename(self.directory)  # somebody has taken the lease since
-        _remove_tree(aside)
+        remove_tree(aside)
 
 
-def _remove_tree(path: Path) -> None:
+def remove_tree(path: Path) -> None:
     """Remove a directory and what is in it; once more where something failed."""
     for _ in range(_TRIES):
         shutil.rmtree(path, ignore_errors=True)
         if not os.path.lexists(path):
             return
-

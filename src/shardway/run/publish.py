@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.run.files import failing, sync_directory
+from shardway.run.lease import Lease, remove_tree
 from shardway.run.pulse import Pulse, Sign
 from shardway.run.staged_file import sync_file
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
-    from shardway.run.lease import Lease
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -33,6 +33,7 @@ _TAKEN = {errno.EEXIST, errno.ENOTEMPTY}
 _ASIDE = "-old"  # `exchange` calls so what it puts aside on filesystems that can't exchange
 _TEMPORARY = re.compile(r"\..+\.shardway-(staging|[0-9a-f]{16}|\d+-[0-9a-f]{8}(-old)?|live-.+)", re.DOTALL)
 _MANIFEST = "manifest.json"
+_PAUSES_S = (0.05, 0.5)
 _TURNS = 40  # with the pauses between them about eight seconds, while another rank is at it
 
 
@@ -301,21 +302,15 @@ class SharedStaging:
         *Ranks*: any.
         """
         with failing("publish", self.destination):
-            self._take_place(tag, replace=replace)
-            report(1)
-            staged = self._staged()
-            in_place = self._marked(self.destination, tag).is_dir()
-            for path in staged:
-                # Without an exchange, a rank that was overtaken may be about to put back what it has put aside.
-                if in_place or not path.name.endswith(_ASIDE):
-                    shutil.rmtree(path, ignore_errors=True)
+            persistently(lambda: self._publish(tag, replace=replace))
+        report(1)
 
     def settle(self, tag: str) -> None:
         """Remove what tells that something was still to be done after `publish`; never raises.
 
         *Ranks*: any.
         """
-        shutil.rmtree(self._marked(self.destination, tag), ignore_errors=True)
+        remove_tree(self._marked(self.destination, tag))
 
     def validate(self, sealed: Mapping[str, int]) -> None:
         """Look at what is published as a reader does: every file that was sealed is there, with its size.
@@ -332,7 +327,16 @@ class SharedStaging:
 
     def remove(self) -> None:
         """Remove the directory if it is there; never raises."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove_tree(self.path)
+
+    def _publish(self, tag: str, *, replace: bool) -> None:
+        self._take_place(tag, replace=replace)
+        staged = self._staged()
+        in_place = self._marked(self.destination, tag).is_dir()
+        for path in staged:
+            # Without an exchange, a rank that was overtaken may be about to put back what it has put aside.
+            if in_place or not path.name.endswith(_ASIDE):
+                remove_tree(path)
 
     def _marked(self, folder: Path, tag: str) -> Path:
         return folder / f"{MARK}{self._attempt}-{tag}"
@@ -361,7 +365,7 @@ class SharedStaging:
                     sync_directory(own)
                 self._put(own, replace=replace)
                 self.validate(sealed)
-                shutil.rmtree(own, ignore_errors=True)  # what was replaced, if anything was
+                remove_tree(own)  # what was replaced, if anything was
                 return
         raise FileNotFoundError(errno.ENOENT, "what was staged has vanished", os.fspath(self.destination))
 
@@ -395,6 +399,27 @@ MARK = ".publish-"  # begins the names of the directories of its attempts to pub
 def is_leftover(name: str) -> bool:
     """Whether a name is one that a run which was killed may have left beside its destination."""
     return _TEMPORARY.fullmatch(name) is not None
+
+
+def persistently(action: Callable[[], object]) -> None:
+    """Do what has been decided and is safe to do twice; once more, and again, where a file operation fails.
+
+    What has vanished is not looked for again.
+
+    Raises:
+        OSError: As the last time.
+        ShardwayError: Likewise.
+    """
+    for pause in (*_PAUSES_S, None):
+        try:
+            action()
+        except (OSError, ShardwayError) as error:
+            cause = error.__cause__ if isinstance(error, ShardwayError) else error
+            if pause is None or not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError):
+                raise
+            time.sleep(pause)
+        else:
+            return
 
 
 def is_unsettled(folder: Path) -> bool:
@@ -507,6 +532,6 @@ def _check_sizes(directory: Path, sealed: Mapping[str, int], found: Mapping[str,
 
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
+        remove_tree(path)
     else:
         path.unlink(missing_ok=True)
