@@ -14,7 +14,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     from megatron.core import dist_checkpointing
 
-    dist.init_process_group("gloo", store=dist.FileStore(sys.argv[1], 1), rank=0, world_size=1)
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
     for folder in sys.stdin.read().splitlines():
         if not dist_checkpointing.check_is_distributed_checkpoint(folder):
             raise SystemExit(f"{folder} is not a checkpoint to Megatron-Core")

@@ -48,7 +48,7 @@ class Scene:
         """Set the scene in a new directory; return the destination."""
         stage.mkdir()
         if self.template is not None:
-            shutil.copytree(self.template, stage / "out", copy_function=os.link)
+            shutil.copytree(self.template, stage / "out")
         return stage / "out"
 
     def found(self, destination: Path) -> str:
