@@ -32,7 +32,7 @@ from shardway.run.lease import look
 from shardway.run.preflight import bytes_needed, check_apart, check_room
 from shardway.run.progress import Meter
 from shardway.run.publish import Staging
-from shardway.run.source import Snapshot
+from shardway.run.source import Snapshot, unchanged
 from shardway.verification.compare import check_readable, compare_plan, compare_streams
 from shardway.verification.opening import is_model_state
 
@@ -169,9 +169,10 @@ def _prepare(
         with contextlib.suppress(OSError):  # opening it will tell
             root = find_iteration(origin)
         snapshot = Snapshot(root)
-        checkpoint = open_torch_dist(root, wanted=is_model_state)
-        companions = Snapshot(hf or checkpoint.hf_dir or root)
-        planned = checkpoint, companions, prepare_export(checkpoint, hf, target, options)
+        with unchanged((snapshot, None)):
+            checkpoint = open_torch_dist(root, wanted=is_model_state)
+            companions = Snapshot(hf or checkpoint.hf_dir or root)
+            planned = checkpoint, companions, prepare_export(checkpoint, hf, target, options)
     except ShardwayError as error:
         problems.extend(error.problems)
     reusable = False
@@ -233,12 +234,11 @@ def _convert(checked: _Checked, target: Path, running: _Running) -> tuple[bool, 
         with contextlib.closing(journal):
             meter = Meter("copy", plan.num_bytes, progress)
             meter.advance(resumed_bytes(plan, finished))
-            execute(plan, staging, job.companions, num_workers, meter.advance, job.digests, journal, finished)
-            if running.verify:
-                check_readable(plan, staging.path)
-                compare_plan(plan, staging.path, num_workers, progress, job.digests)
-            for snapshot, names in checked.reads:
-                snapshot.check(names)
+            with unchanged(*checked.reads):
+                execute(plan, staging, job.companions, num_workers, meter.advance, job.digests, journal, finished)
+                if running.verify:
+                    check_readable(plan, staging.path)
+                    compare_plan(plan, staging.path, num_workers, progress, job.digests)
             journal.publishing(staging.seal())
             with staging.published():
                 staging.validate()

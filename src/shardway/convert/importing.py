@@ -33,7 +33,7 @@ from shardway.run.execute import execute
 from shardway.run.preflight import bytes_needed, check_apart, check_room
 from shardway.run.progress import Meter
 from shardway.run.publish import Staging
-from shardway.run.source import Snapshot
+from shardway.run.source import Snapshot, unchanged
 from shardway.verification.compare import check_copies, check_readable, compare_plan
 
 if TYPE_CHECKING:
@@ -152,12 +152,12 @@ def import_hf(
         with contextlib.closing(journal):
             meter = Meter("copy", plan.num_bytes, progress)
             meter.advance(resumed_bytes(plan, finished))
-            digests = execute(plan, staging, origin, num_workers, meter.advance, {}, journal, finished)
-            staging.write(RECORD_FILE, wanted.record.with_digests(digests).to_json())
-            if verify:
-                check_readable(plan, staging.path)
-                compare_plan(plan, staging.path, num_workers, progress, digests)
-            snapshot.check(job.reads)
+            with unchanged((snapshot, job.reads)):
+                digests = execute(plan, staging, origin, num_workers, meter.advance, {}, journal, finished)
+                staging.write(RECORD_FILE, wanted.record.with_digests(digests).to_json())
+                if verify:
+                    check_readable(plan, staging.path)
+                    compare_plan(plan, staging.path, num_workers, progress, digests)
             train_state = plan.small_files[TRAIN_STATE]
             with Tracker(root, options.iteration, train_state, sync=fsync, staged_in=lease.directory) as tracker:
                 journal.publishing(staging.seal())
@@ -195,7 +195,8 @@ def _prepare(origin: Path, root: Path, options: ImportOptions, exists: IfExists,
     """
     problems = Problems()
     folder = root / iteration_folder(options.iteration)
-    prepared = _plan(origin, folder, options, problems)
+    with unchanged((snapshot, None)):
+        prepared = _plan(origin, folder, options, problems)
     reads: tuple[str, ...] = ()
     wanted = None
     if prepared is not None:

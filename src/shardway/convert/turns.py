@@ -57,9 +57,12 @@ def take_turn(
     watch = Watch()
     began = time.monotonic()
     pause = _FIRST_PAUSE_S
+    waited = False
     while True:
         seen = look(destination)
         if seen is None:
+            if waited and done():
+                return None
             lease = Lease.create(destination, key=key, doing=doing)
             if lease is not None:
                 return lease
@@ -74,7 +77,8 @@ def take_turn(
         if seen.sign.nonce:
             if life is Life.ALIVE and not (wait and seen.sign.key == key):
                 raise _busy(destination, seen, same=seen.sign.key == key)
-            if wait and seen.sign.key == key and done():
+            waited = seen.sign.key == key
+            if waited and done():
                 return None
         if progress is not None:
             progress(Progress("wait", 0, 0, f"{seen.sign}, {time.monotonic() - began:.0f} s"))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from shardway.core.errors import Code, Problems
+from shardway.core.errors import Code, Problems, ShardwayError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
+
+    from shardway.core.tensors import Catalog
 
 _MAX_DEPTH = 3
 
@@ -60,14 +63,14 @@ class Snapshot:
             hasher.update(f"{name}\0{known.num_bytes}\0{known.mtime_ns}\0".encode())
         return str(hasher.hexdigest())
 
-    def check(self, names: Iterable[str]) -> None:
-        """Look at some files again.
+    def check(self, names: Iterable[str] | None = None) -> None:
+        """Look at some files again, or at all of them.
 
         Raises:
             ShardwayError: `source-changed` for each that is no longer the file that it was.
         """
         problems = Problems()
-        for name in sorted(set(names)):
+        for name in sorted(set(self._found if names is None else names)):
             known = self._found.get(name)
             path = self.root / name
             try:
@@ -90,6 +93,35 @@ class Snapshot:
                     cure="wait until nothing writes to the source, and run the command again",
                 )
         problems.raise_if_any()
+
+    def reading(self, catalog: Catalog) -> tuple[Snapshot, list[str]]:
+        """What `unchanged` takes, for the files of a catalog that lies at or below the directory."""
+        files = {chunk.file for tensor in catalog.tensors.values() for chunk in tensor.chunks}
+        within = os.path.relpath(catalog.root, self.root)
+        return self, [os.path.normpath(os.path.join(within, name)) for name in files]
+
+
+@contextlib.contextmanager
+def unchanged(*reads: tuple[Snapshot, Iterable[str] | None]) -> Iterator[None]:
+    """Look again at what was read when the context ends; what went wrong in it may have no other cause.
+
+    Args:
+        reads: Snapshots, and which of their files are read; None for all.
+
+    Raises:
+        ShardwayError: `source-changed`, instead of what the context raises.
+    """
+    try:
+        yield
+    except ShardwayError:
+        _check(reads)
+        raise
+    _check(reads)
+
+
+def _check(reads: Iterable[tuple[Snapshot, Iterable[str] | None]]) -> None:
+    for snapshot, names in reads:
+        snapshot.check(names)
 
 
 def _identify(path: Path) -> _Identity:

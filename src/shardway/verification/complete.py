@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from shardway.core.errors import ShardwayError
+from shardway.formats.iterations import find_iteration
 from shardway.run.publish import MARK, is_leftover
-from shardway.verification.opening import open_checkpoint
+from shardway.verification.opening import is_megatron, open_checkpoint
+
+_TRIES = 5
 
 
 def is_complete(path: str | Path) -> bool:
@@ -23,7 +26,20 @@ def is_complete(path: str | Path) -> bool:
     try:
         if any(is_leftover(part) or part.startswith(MARK) for part in path.resolve().parts):
             return False
-        open_checkpoint(path)
+        for _ in range(_TRIES):
+            before = _identity(path)
+            try:
+                open_checkpoint(path)
+            except ShardwayError:
+                if _identity(path) == before:
+                    return False
+                continue  # replaced by another one while it was being read
+            return True
     except (ShardwayError, OSError):
         return False
-    return True
+    return False
+
+
+def _identity(path: Path) -> int:
+    """Which directory it is that would be read."""
+    return (find_iteration(path) if is_megatron(path) else path).stat().st_ino
