@@ -168,7 +168,7 @@ def writes_counted(files: dict[str, int]) -> Iterator[dict[str, Array]]:
 def staged(destination: Path) -> Iterator[tuple[Staging, Journal]]:
     lease = Lease.create(destination, key="key", doing="test")
     assert lease is not None
-    with lease, contextlib.closing(Journal(lease.journal, "key", sync=False, finished=Finished())) as journal:
+    with lease, contextlib.closing(Journal(lease.journal, "key", Finished())) as journal:
         yield Staging(lease, replace=False, sync=False), journal
 
 

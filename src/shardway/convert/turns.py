@@ -141,7 +141,7 @@ def resume(
     if noted.files:
         noted = check_finished(plan, staging.path, noted, num_workers, progress)
     staging.keep(noted.files)
-    return noted, Journal(lease.journal, lease.key, sync=staging.sync, finished=noted)
+    return noted, Journal(lease.journal, lease.key, noted)
 
 
 def resumed_bytes(plan: Plan, finished: Finished) -> int:

@@ -76,29 +76,18 @@ def execute(
         work = batches(streams, _import_file if importing else _export_file)
         noted = FinishedFiles(plan, work, journal, lambda: [mover.digests for mover in movers])
 
-        def note(batch_file: str) -> None:
-            staging.check()
-            for name in noted.done(batch_file):
-                noted.note(name)
-
         def tell(batch_file: str) -> None:
             staging.check()
-            for name in noted.done(batch_file):
-                flusher.flush(name)
-            flusher.flush(batch_file)
-
-        def sync(name: str) -> None:
-            whole = noted.is_finished(name)
-            written.sync(name)
-            if whole:
-                noted.note(name)
+            noted.done(batch_file)
+            if staging.sync:
+                flusher.flush(batch_file)
 
         if staging.sync:
-            with Flusher(written, sync) as flusher:
+            with Flusher(written) as flusher:
                 Engine(work, make_mover, num_workers, tell).run()
                 flusher.finish(target.name for target in plan.targets)
         else:
-            Engine(work, make_mover, num_workers, note).run()
+            Engine(work, make_mover, num_workers, tell).run()
     _check_overflows(movers, plan)
     for name, contents in plan.small_files.items():
         staging.write(name, contents)

@@ -1,4 +1,7 @@
-"""Noting in the journal each destination file whose last byte is written."""
+"""Noting in the journal each destination file whose last byte is written.
+
+It may not be on the device yet: whoever goes on from the journal reads the file, and forces it there in the end.
+"""
 
 from __future__ import annotations
 
@@ -63,28 +66,14 @@ class FinishedFiles:
             for batch_file in batches:
                 self._touches.setdefault(batch_file, []).append(name)
 
-    def done(self, batch_file: str) -> list[str]:
-        """Count a batch that is done; return the files that are finished by it."""
+    def done(self, batch_file: str) -> None:
+        """Count a batch that is done, and note the files that are finished by it."""
         with self._lock:
             self._left[batch_file] -= 1
             if self._left[batch_file]:
-                return []
-            return [name for name in self._touches[batch_file] if self._is_finished(name)]
-
-    def is_finished(self, name: str) -> bool:
-        """Whether every byte of a file has been written."""
-        with self._lock:
-            return self._is_finished(name)
-
-    def note(self, name: str) -> None:
-        """Note a finished file in the journal, once."""
-        with self._lock:
-            if self._needs.pop(name, None) is None:
                 return
-        keys = self._chunks.get(name, ())
+            finished = [name for name in self._touches[batch_file] if not any(map(self._left.get, self._needs[name]))]
         maps = list(self._digests())
-        found = {key: digests[key] for key in keys for digests in maps if key in digests}
-        self._journal.add(name, found)
-
-    def _is_finished(self, name: str) -> bool:
-        return name in self._needs and not any(self._left[each] for each in self._needs[name])
+        for name in finished:
+            keys = self._chunks.get(name, ())
+            self._journal.add(name, {key: digests[key] for key in keys for digests in maps if key in digests})

@@ -11,7 +11,7 @@ import threading
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
     from shardway.run.files import Files
 
@@ -21,12 +21,10 @@ class Flusher:
 
     Args:
         files: Open files that are being written.
-        sync: What is done to them; `files.sync` by default.
     """
 
-    def __init__(self, files: Files, sync: Callable[[str], None] | None = None) -> None:
+    def __init__(self, files: Files) -> None:
         self._files = files
-        self._sync = files.sync if sync is None else sync
         self._told: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._errors: list[BaseException] = []
         self._thread = threading.Thread(target=self._work, name="shardway-flusher")
@@ -66,6 +64,6 @@ class Flusher:
                 ended = None in told
                 for name in dict.fromkeys(told):
                     if name is not None:
-                        self._sync(name)
+                        self._files.sync(name)
         except BaseException as error:  # noqa: BLE001 - raised again by finish()
             self._errors.append(error)

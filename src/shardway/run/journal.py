@@ -43,15 +43,13 @@ class Journal:
     Args:
         path: The file; what is there is replaced.
         key: What tells the work that it is about from other work.
-        sync: Force every line to the device.
         finished: Files that are finished already.
 
     Raises:
         ShardwayError: `io-failed`, `no-space`.
     """
 
-    def __init__(self, path: Path, key: str, *, sync: bool, finished: Finished) -> None:
-        self._sync = sync
+    def __init__(self, path: Path, key: str, finished: Finished) -> None:
         self._broken = False
         self._lock = threading.Lock()
         new = path.with_name(f"{path.name}-{os.urandom(8).hex()}")
@@ -67,7 +65,7 @@ class Journal:
                 raise
 
     def add(self, name: str, digests: ChunkDigests) -> None:
-        """Note that a file is finished and, where that is asked for, on the device; never raises."""
+        """Note that every byte of a file is written; never raises."""
         self._note(_entry(name, digests))
 
     def publishing(self, inode: int) -> None:
@@ -95,8 +93,6 @@ class Journal:
         line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
         if os.write(self._descriptor, line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if self._sync:
-            os.fsync(self._descriptor)
 
 
 def read_journal(path: Path, key: str) -> Finished:

@@ -162,24 +162,20 @@ def _damaged_exports(
         if piece.tile.hf.tensor in staged
     ]
     swapped = dataclasses.replace(
-        plan,
-        direction=Direction.IMPORT,
-        hf=plan.mcore,
-        mcore=Catalog(root=written, tensors=staged),
-        streams=build_streams(tiles, plan.mcore.tensors, staged),
+        plan, direction=Direction.IMPORT, hf=plan.mcore, mcore=Catalog(root=written, tensors=staged)
     )
+    streams: dict[str, list[Stream]] = {name: [] for name in whole}
+    for stream in build_streams(tiles, plan.mcore.tensors, staged):
+        streams[stream.chunks[0].file].append(stream)
+    meter = Meter("resume", sum(tensor.num_bytes for tensor in staged.values()), progress)
+    return {name for name in whole if not _is_as_source(swapped, streams[name], num_workers, meter)}
 
-    def renamed(at: Progress) -> None:
-        if progress is not None:
-            progress(dataclasses.replace(at, phase="resume"))
 
+def _is_as_source(plan: Plan, streams: list[Stream], num_workers: int, meter: Meter) -> bool:
+    plan = dataclasses.replace(plan, streams=tuple(streams))
     try:
-        differences, _ = compare_streams(swapped, num_workers, renamed)
+        differences, _ = compare_streams(plan, num_workers)
     except ShardwayError:
-        return set(whole)
-    # A difference is told by the tensor of the source: all files that hold some of it are given up.
-    return {
-        staged[stream.tensor].chunks[0].file
-        for stream in swapped.streams
-        if any(piece.tile.hf.tensor in differences for piece in stream.pieces)
-    }
+        return False
+    meter.advance(plan.num_bytes)
+    return not differences

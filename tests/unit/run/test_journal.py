@@ -17,16 +17,15 @@ if TYPE_CHECKING:
 DIGESTS = {("a.weight", (0, 3)): "12ab", ("b", ()): "ff"}
 
 
-def written(path: Path, *, sync: bool = False) -> Path:
-    with contextlib.closing(Journal(path, "key", sync=sync, finished=Finished(files={"first": DIGESTS}))) as journal:
+def written(path: Path) -> Path:
+    with contextlib.closing(Journal(path, "key", Finished(files={"first": DIGESTS}))) as journal:
         journal.add("second", {})
         journal.publishing(77)
     return path
 
 
-@pytest.mark.parametrize("sync", [False, True])
-def test_what_is_written_is_read(sync: bool, tmp_path: Path) -> None:
-    found = read_journal(written(tmp_path / "journal", sync=sync), "key")
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    found = read_journal(written(tmp_path / "journal"), "key")
     assert found == Finished(files={"first": DIGESTS, "second": {}}, published=77)
     assert os.listdir(tmp_path) == ["journal"]
 
@@ -58,7 +57,7 @@ def test_a_line_that_can_not_be_understood_ends_it(line: bytes, tmp_path: Path) 
 
 
 def test_a_journal_that_can_not_be_written_stops_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    journal = Journal(tmp_path / "journal", "key", sync=False, finished=Finished())
+    journal = Journal(tmp_path / "journal", "key", Finished())
 
     def write(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
