@@ -78,7 +78,7 @@ class Conversion:
             assert shardway.verify(self.source, self.out).num_digests > 0
         else:
             assert same(bits(read_safetensors(self.out).items()), MODEL.weights())
-        assert not [path for path in self.out.parent.rglob("*shardway-*")]
+        assert not list(self.out.parent.rglob("*shardway-*"))
 
 
 @pytest.fixture(params=["import", "export"])
@@ -189,12 +189,10 @@ def test_other_options_begin_anew(hf: Path, mcore: Path, stages: Path) -> None:
     conversion.kill(3)
     report = shardway.import_hf(hf, conversion.out, layout="per-layer")
     assert (report.resumed, report.layout) == (0, "per-layer")
-    assert not [path for path in stages.rglob("*shardway-*")]
+    assert not list(stages.rglob("*shardway-*"))
 
 
-def test_what_was_left_by_a_kill_counts_as_free_space(
-    conversion: Conversion, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_left_by_a_kill_counts_as_free_space(conversion: Conversion, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
     conversion.kill(4)
