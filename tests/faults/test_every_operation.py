@@ -120,6 +120,7 @@ def judge(scene: Scene, stage: Path, destination: Path, ended: Ended, number: in
     if ended.error is None:
         assert found == "new", found
     else:
+        assert number, "a short write is no error"
         assert isinstance(ended.error, shardway.ShardwayError), "not an error of ours"
         assert ended.error.codes <= CODES, "another code"
         assert errno.errorcode[number] in str(ended.error), "the errno is not told"

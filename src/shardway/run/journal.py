@@ -6,7 +6,6 @@ A journal is a hint and never a proof: whoever goes on from it checks what it na
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import threading
@@ -91,8 +90,8 @@ class Journal:
 
     def _append(self, entry: dict[str, object]) -> None:
         line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
-        if os.write(self._descriptor, line) != len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        while line:
+            line = line[os.write(self._descriptor, line) :]
 
 
 def read_journal(path: Path, key: str) -> Finished:

@@ -239,13 +239,7 @@ class Lease:
                 if turn == _TRIES - 1:
                     raise
         (new / self.files.name).mkdir()
-        descriptor = os.open(new / self._pulse.path.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            data = self._sign.to_bytes()
-            if os.write(descriptor, data) != len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        finally:
-            os.close(descriptor)
+        (new / self._pulse.path.name).write_bytes(self._sign.to_bytes())
 
     def _discard(self, new: Path) -> None:
         remove_tree(new)

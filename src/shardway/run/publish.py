@@ -11,7 +11,6 @@ import errno
 import json
 import os
 import re
-import secrets
 import shutil
 import time
 from typing import TYPE_CHECKING
@@ -240,7 +239,7 @@ class SharedStaging:
 
         *Ranks*: those that write.
         """
-        nonce = secrets.token_hex(8)
+        nonce = os.urandom(8).hex()
         sign = Sign.of_this_process("live save", self._attempt, nonce)
         pulse = Pulse(self.path / f"{ALIVE}{nonce}", sign)
         try:
@@ -357,7 +356,7 @@ class SharedStaging:
                 if staged == self._staged() and self.destination.is_dir():
                     return
                 continue
-            own = self.path.with_name(f"{self.path.name}-{secrets.token_hex(4)}")
+            own = self.path.with_name(f"{self.path.name}-{os.urandom(4).hex()}")
             with contextlib.suppress(FileNotFoundError):  # taken over by another rank
                 new.rename(own)
                 sealed = self._tidy(own, tag)
