@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 from tests.families.spec import FamilySpec, read_config
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 _ZERO_CENTRED = "megatron-core's own norms can't be zero-centred"
 _POST_NORMS = "megatron-core's own layers have no norm after attention and MLP"
 
 
-def _as_released(path: Path, architecture: str, model_type: str, values: dict[str, object]) -> None:
+def _as_released(path: Path, architecture: str, model_type: str, values: Mapping[str, object]) -> None:
     config = read_config(path) | {"architectures": [architecture], "model_type": model_type, **values}
     (path / "config.json").write_text(json.dumps(config, indent=2))
 
