@@ -94,7 +94,8 @@ def fail(
         if chosen < 0:
             turns[call.name] = turns.get(call.name, -1) + 1
             chosen = errnos[turns[call.name] % len(errnos)]
-        if chosen == 0 and call.arguments[2] < 2:
+        # Threads take turns: the call at this place need not be the one of the last run.
+        if chosen not in errnos or (chosen == 0 and call.arguments[2] < 2):
             chosen = errno.EIO
         failed.append((call, chosen))
         return Fail(chosen)

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from shardway import __version__
 from shardway.convert.existing import Awaited, Settled, Wanted, holds_one
 from shardway.convert.options import (
+    For,
     IfExists,
+    Spec,
     choice,
     invalid_option,
     parse_dtype,
@@ -19,17 +21,19 @@ from shardway.convert.options import (
 from shardway.convert.report import ConversionReport
 from shardway.convert.turns import inode, resume, resumed_bytes, take_turn, work_key
 from shardway.core.errors import Code, Problems, ShardwayError
+from shardway.families.bridge import BridgeVersion
 from shardway.families.config import HFConfig
 from shardway.families.layout import Layout
-from shardway.families.mapping import map_model
+from shardway.families.mapping import map_model, variants_in
 from shardway.formats.huggingface import CONFIG_FILE, survey_huggingface
 from shardway.formats.iterations import TRAIN_STATE
 from shardway.formats.record import RECORD_FILE, Record
 from shardway.formats.torch_dist import iteration_folder
-from shardway.plans.imports import ImportOptions, plan_import
+from shardway.plans.imports import ImportOptions, plan_import, widened
 from shardway.run.destination import Tracker, holds_checkpoint, in_the_way, publish_tracker
 from shardway.run.engine import parse_workers
 from shardway.run.execute import execute
+from shardway.run.losses import Losses, rounding_notes
 from shardway.run.preflight import bytes_needed, check_apart, check_room
 from shardway.run.progress import Meter
 from shardway.run.publish import Staging
@@ -51,6 +55,9 @@ def import_hf(
     *,
     dtype: str = "auto",
     layout: str = "auto",
+    spec: str = "te",
+    target: str = "megatron-bridge",
+    bridge_version: str = "0.7.0",
     iteration: int = 0,
     release: bool = False,
     if_exists: str = "error",
@@ -71,6 +78,11 @@ def import_hf(
         destination: Root of the checkpoint; gets ``iter_0000000/`` (or ``release/``) and the tracker file.
         dtype: ``"auto"`` keeps every tensor's bits; ``"bf16"``, ``"fp16"``, ``"fp32"`` cast floating-point tensors.
         layout: ``"stacked"`` (layers on a leading axis), ``"per-layer"``, or ``"auto"`` for what Megatron expects.
+        spec: Whose names a few norms get: ``"te"`` for models of Transformer Engine layers, ``"local"`` for those of
+            megatron-core's own.
+        target: Who is to take the checkpoint as its own: ``"megatron-bridge"`` finds its run_config.yaml and tokenizer
+            in it, ``"megatron-lm"`` the arguments for ``--use-checkpoint-args``.
+        bridge_version: Which Megatron Bridge run_config.yaml is for: ``"0.7.0"`` or ``"0.3.1"``.
         iteration: Number of the iteration folder, at least 0.
         release: Write ``release/`` instead of an iteration folder.
         if_exists: ``"error"``; ``"reuse"`` accepts a complete checkpoint made from the same source with the same
@@ -94,14 +106,19 @@ def import_hf(
     num_workers = parse_workers(workers)
     if not 0 <= iteration < 10**7:
         raise invalid_option("iteration", iteration, "a number from 0 to 9999999")
+    chosen = None if layout == "auto" else choice("layout", layout, Layout)
+    names = choice("spec", spec, Spec)
+    taker = choice("target", target, For)
+    version = choice("bridge_version", bridge_version, BridgeVersion)
     options = ImportOptions(
-        layout=Layout.STACKED if layout == "auto" else choice("layout", layout, Layout),
+        bridge=version if taker is For.BRIDGE else None,
+        megatron_lm=taker is For.MEGATRON_LM,
         dtype=parse_dtype(dtype),
         iteration=None if release else iteration,
         max_file_bytes=parse_size("max_file_size", max_file_size),
     )
     snapshot = Snapshot(origin)
-    job = _prepare(origin, root, options, exists, snapshot)
+    job = _prepare(origin, root, options, _Names(chosen, names), exists, snapshot)
     checkpoint, mapping, plan, wanted = job.checkpoint, job.mapping, job.plan, job.wanted
 
     def report(*, reused: bool, resumed: int = 0, notes: tuple[str, ...] = ()) -> ConversionReport:
@@ -114,7 +131,7 @@ def import_hf(
             destination=str(destination),
             architecture=mapping.architecture,
             family=mapping.family,
-            layout=options.layout.value,
+            layout=mapping.layout.value,
             iteration=wanted.folder.name,
             num_tensors=len(mapping.hf),
             num_parameters=plan.mcore.num_elements,
@@ -153,7 +170,8 @@ def import_hf(
             meter = Meter("copy", plan.num_bytes, progress)
             meter.advance(resumed_bytes(plan, finished))
             with unchanged((snapshot, job.reads)):
-                digests = execute(plan, staging, origin, num_workers, meter.advance, {}, journal, finished)
+                losses = Losses()
+                digests = execute(plan, staging, origin, num_workers, meter.advance, {}, journal, finished, losses)
                 staging.write(RECORD_FILE, wanted.record.with_digests(digests).to_json())
                 if verify:
                     check_readable(plan, staging.path)
@@ -162,9 +180,18 @@ def import_hf(
             with Tracker(root, options.iteration, train_state, sync=fsync, staged_in=lease.directory) as tracker:
                 journal.publishing(staging.seal())
                 with staging.published():
-                    notes = tracker.publish()
+                    notes = (*rounding_notes(losses), *tracker.publish())
                     staging.validate()
+    if finished.files and plan.shifts:
+        notes = (*notes, "values that were rounded in files of the earlier run are not counted here")
     return report(reused=False, resumed=len(finished.files), notes=notes)
+
+
+class _Names(NamedTuple):
+    """Under which names tensors are stored, as far as the user has a say in it."""
+
+    layout: Layout | None
+    spec: Spec
 
 
 class _Job(NamedTuple):
@@ -187,7 +214,9 @@ class _Job(NamedTuple):
     settled: Settled
 
 
-def _prepare(origin: Path, root: Path, options: ImportOptions, exists: IfExists, snapshot: Snapshot) -> _Job:
+def _prepare(
+    origin: Path, root: Path, options: ImportOptions, names: _Names, exists: IfExists, snapshot: Snapshot
+) -> _Job:
     """Plan an import and look at its destination; nothing is written.
 
     Raises:
@@ -196,13 +225,13 @@ def _prepare(origin: Path, root: Path, options: ImportOptions, exists: IfExists,
     problems = Problems()
     folder = root / iteration_folder(options.iteration)
     with unchanged((snapshot, None)):
-        prepared = _plan(origin, folder, options, problems)
+        prepared = _plan(origin, folder, options, names, problems)
     reads: tuple[str, ...] = ()
     wanted = None
     if prepared is not None:
         checkpoint, mapping, plan = prepared
         reads = (*checkpoint.files, *(file.name for file in checkpoint.small_files))
-        record = _record(snapshot.fingerprint(reads), mapping, plan, options)
+        record = _record(snapshot.fingerprint(reads), checkpoint, mapping, plan, options)
         wanted = Wanted(
             root=root,
             folder=folder,
@@ -232,7 +261,7 @@ def _prepare(origin: Path, root: Path, options: ImportOptions, exists: IfExists,
 
 
 def _plan(
-    origin: Path, folder: Path, options: ImportOptions, problems: Problems
+    origin: Path, folder: Path, options: ImportOptions, names: _Names, problems: Problems
 ) -> tuple[HuggingFaceCheckpoint, ModelMapping, Plan] | None:
     """Open and plan; None with problems where that can't be done."""
     checkpoint = None
@@ -240,7 +269,9 @@ def _plan(
         checkpoint = survey_huggingface(origin, problems)
         if not checkpoint.config:
             return None
-        mapping = map_model(HFConfig(checkpoint.config, str(origin / CONFIG_FILE)), options.layout)
+        config = HFConfig(checkpoint.config, str(origin / CONFIG_FILE))
+        variants = variants_in(config, hf=checkpoint.catalog.tensors) | {"te": names.spec is Spec.TE}
+        mapping = map_model(config, names.layout, variants=variants)
         return checkpoint, mapping, plan_import(checkpoint, mapping, folder, options)
     except ShardwayError as error:
         if not problems or checkpoint is None:
@@ -256,17 +287,22 @@ def _plan(
         return None
 
 
-def _record(source: str, mapping: ModelMapping, plan: Plan, options: ImportOptions) -> Record:
+def _record(
+    source: str, checkpoint: HuggingFaceCheckpoint, mapping: ModelMapping, plan: Plan, options: ImportOptions
+) -> Record:
     return Record(
         written_by=f"shardway {__version__}",
         family=mapping.family,
         architecture=mapping.architecture,
         source=source,
         options={
-            "layout": options.layout.value,
+            "layout": mapping.layout.value,
             "dtype": options.dtype.name if options.dtype else "auto",
             "max_file_bytes": options.max_file_bytes,
+            "for": f"megatron-bridge {options.bridge}" if options.bridge else "megatron-lm",
         },
         copies=plan.copies,
+        variants=mapping.variants,
+        dtypes=widened(checkpoint, mapping),
         megatron_config=mapping.megatron_config,
     )

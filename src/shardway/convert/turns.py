@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
+from shardway import __version__
 from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.run.finished import unfinished
 from shardway.run.journal import Finished, Journal, read_journal
@@ -93,7 +94,8 @@ def work_key(plan: Plan, source: str) -> str:
         plan: The plan.
         source: Fingerprint of the source's files.
     """
-    hasher = xxhash.xxh3_128(f"{plan.direction.value}\0{source}\0".encode())
+    # Another version may have other rules for the same names and shapes.
+    hasher = xxhash.xxh3_128(f"{__version__}\0{plan.direction.value}\0{source}\0{plan.shifts}\0".encode())
     for target in plan.targets:
         hasher.update(f"{target.name}\0{target.num_bytes}\0".encode())
         for offset, literal in target.literals:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING
 
 from shardway.core.errors import Code, Problems
@@ -12,6 +11,7 @@ from shardway.run.engine import Engine, batches
 from shardway.run.files import Files
 from shardway.run.finished import FinishedFiles, unfinished
 from shardway.run.flusher import Flusher
+from shardway.run.losses import Losses
 from shardway.run.mover import Mover
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def execute(
     expected: ChunkDigests,
     journal: Journal,
     finished: Finished,
+    losses: Losses | None = None,
 ) -> ChunkDigests:
     """Write everything that a plan describes into a staging directory.
 
@@ -45,6 +46,7 @@ def execute(
         expected: Digests that chunks which are read must have.
         journal: Gets each file when it is finished.
         finished: Files that are in the staging directory already, whole.
+        losses: Receives what conversions of values lost.
 
     Returns:
         The digest of every chunk of the Megatron side.
@@ -78,7 +80,8 @@ def execute(
 
         def tell(batch_file: str) -> None:
             staging.check()
-            noted.done(batch_file)
+            if not any(mover.losses.overflowed for mover in movers):  # such a run fails, and must not be gone on from
+                noted.done(batch_file)
             if staging.sync:
                 flusher.flush(batch_file)
 
@@ -88,7 +91,10 @@ def execute(
                 flusher.finish(target.name for target in plan.targets)
         else:
             Engine(work, make_mover, num_workers, tell).run()
-    _check_overflows(movers, plan)
+    losses = losses or Losses()
+    for mover in movers:
+        losses.add(mover.losses)
+    _check_overflows(losses, plan)
     for name, contents in plan.small_files.items():
         staging.write(name, contents)
     for name, source in plan.copied_files:
@@ -97,12 +103,9 @@ def execute(
     return digests | {key: digest for mover in movers for key, digest in mover.digests.items()}
 
 
-def _check_overflows(movers: list[Mover], plan: Plan) -> None:
-    overflows: Counter[str] = Counter()
-    for mover in movers:
-        overflows.update(mover.overflows)
+def _check_overflows(losses: Losses, plan: Plan) -> None:
     problems = Problems()
-    for tensor, count in sorted(overflows.items()):
+    for tensor, count in sorted(losses.overflowed.items()):
         problems.add(
             Code.CAST_OVERFLOW,
             f"{count} finite values of {tensor} became infinite in the cast",

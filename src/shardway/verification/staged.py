@@ -162,7 +162,11 @@ def _damaged_exports(
         if piece.tile.hf.tensor in staged
     ]
     swapped = dataclasses.replace(
-        plan, direction=Direction.IMPORT, hf=plan.mcore, mcore=Catalog(root=written, tensors=staged)
+        plan,
+        direction=Direction.IMPORT,
+        hf=plan.mcore,
+        mcore=Catalog(root=written, tensors=staged),
+        shifts={tile.mcore.tensor: -plan.shifts[tile.hf.tensor] for tile in tiles if tile.hf.tensor in plan.shifts},
     )
     streams: dict[str, list[Stream]] = {name: [] for name in whole}
     for stream in build_streams(tiles, plan.mcore.tensors, staged):
