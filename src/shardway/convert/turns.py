@@ -81,7 +81,7 @@ def take_turn(
             waited = seen.sign.key == key
             if waited and done():
                 return None
-        if progress is not None:
+        if progress is not None and seen.sign.nonce:
             progress(Progress("wait", 0, 0, f"{seen.sign}, {time.monotonic() - began:.0f} s"))
         time.sleep(pause)
         pause = min(pause * 1.5, _LONGEST_PAUSE_S)

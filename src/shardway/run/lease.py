@@ -173,8 +173,12 @@ class Lease:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.release()
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        try:
+            if isinstance(error, ShardwayError):
+                self.check()  # whatever went wrong, it went wrong because of that
+        finally:
+            self.release()
 
     def check(self) -> None:
         """Raise if another process has taken the lease over, because this one showed no sign of life.

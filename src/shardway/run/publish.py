@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardway.core.errors import Code, Problem, ShardwayError
@@ -23,7 +24,6 @@ from shardway.run.staged_file import sync_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
-    from pathlib import Path
 
 
 _AT_FDCWD = -100
@@ -107,7 +107,7 @@ class Staging:
         """Create a file of zeros of `num_bytes` bytes, without taking space for them yet."""
         path = self._path_of(name)
         with failing(f"create a file of {num_bytes} bytes", path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self._make_parents(name)
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             try:
                 os.ftruncate(descriptor, num_bytes)
@@ -118,7 +118,7 @@ class Staging:
         """Write a whole small file and, where asked for, force it to the device."""
         path = self._path_of(name)
         with failing(f"write {len(contents)} bytes", path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self._make_parents(name)
             path.write_bytes(contents)
             if self.sync:
                 sync_file(path)
@@ -127,7 +127,7 @@ class Staging:
         """Copy a file's contents (not its links, owner or times)."""
         path = self._path_of(name)
         with failing(f"copy {source}", path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self._make_parents(name)
             shutil.copyfile(source, path)
             if self.sync:
                 sync_file(path)
@@ -202,6 +202,11 @@ class Staging:
         if self._sealed is not None:
             raise RuntimeError(f"{name}: what is sealed can't be written to")
         return self.path / name
+
+    def _make_parents(self, name: str) -> None:
+        """Make the directories of a file, and never the staging directory: others may have taken it over."""
+        for directory in [*reversed(Path(name).parents)][1:]:
+            (self.path / directory).mkdir(exist_ok=True)
 
 
 class SharedStaging:
