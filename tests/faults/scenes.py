@@ -12,7 +12,7 @@ import numpy as np
 from tests.tiny import Tiny, bits, read_distcp, read_safetensors, same
 
 import shardway
-from shardway.run.publish import is_leftover
+from shardway.run.places import is_leftover
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -21,7 +21,7 @@ from tests.tiny import Tiny, bits, listing, read_distcp, read_safetensors, same
 import shardway
 from shardway.convert import exporting, importing
 from shardway.plans.model import Direction
-from shardway.run import publish
+from shardway.run import places
 from shardway.run.mover import Mover
 from shardway.run.publish import Staging
 from shardway.verification.compare import check_readable
@@ -342,7 +342,7 @@ class TestReuseAndReplace:
         def exchange(*_: object) -> None:
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
 
-        monkeypatch.setattr(publish, "exchange", exchange)
+        monkeypatch.setattr(places, "exchange", exchange)
         refused(tmp_path, "io-failed", lambda: shardway.import_hf(hf, mcore, if_exists="replace"))
 
 

@@ -14,7 +14,8 @@ from shardway.live.writer import write_shards
 from shardway.plans.imports import HF_FOLDER
 from shardway.run.destination import holds_checkpoint, in_the_way, publish_tracker, refuse_older
 from shardway.run.files import failing, sync_directory
-from shardway.run.publish import SharedStaging, is_unsettled, persistently
+from shardway.run.places import is_unsettled
+from shardway.run.publish import SharedStaging, persistently
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

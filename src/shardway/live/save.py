@@ -25,7 +25,7 @@ from shardway.live.folder import IterationFolder
 from shardway.live.rendezvous import save_together
 from shardway.live.saving import Needed, SaveIdentity, SaveOptions
 from shardway.run.files import failing
-from shardway.run.publish import live_staging_name
+from shardway.run.places import live_staging_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

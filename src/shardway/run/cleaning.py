@@ -14,9 +14,9 @@ from shardway.core.errors import Code, Problem, Problems, ShardwayError
 from shardway.run.destination import publish_tracker, tracked_iteration
 from shardway.run.files import failing
 from shardway.run.lease import Lease, disk_bytes, look, remove_tree, staging_directory
+from shardway.run.places import ALIVE, MARK, is_leftover
 from shardway.run.processes import is_dead
 from shardway.run.progress import Progress
-from shardway.run.publish import ALIVE, MARK, is_leftover
 from shardway.run.pulse import Life, Sign, Watch, read_sign
 
 if TYPE_CHECKING:

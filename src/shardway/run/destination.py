@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Self
 
 from shardway.formats.iterations import LATEST_TRAIN_STATE, TRACKER, TRAIN_STATE, tracker_text
 from shardway.run.files import failing
-from shardway.run.publish import in_the_way, is_leftover
+from shardway.run.places import in_the_way, is_leftover
 from shardway.run.staged_file import StagedFile
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from shardway.core.errors import ShardwayError
 from shardway.formats.iterations import find_iteration
-from shardway.run.publish import MARK, is_leftover
+from shardway.run.places import MARK, is_leftover
 from shardway.verification.opening import is_megatron, open_checkpoint
 
 _TRIES = 5

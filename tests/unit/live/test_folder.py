@@ -27,7 +27,9 @@ from shardway.live.folder import IterationFolder
 from shardway.live.records import ObjectShard, Shard
 from shardway.live.saving import Assignment
 from shardway.live.state import LiveState
-from shardway.run import publish
+from shardway.run import places
+from shardway.run.cleaning import clean
+from shardway.run.pulse import Pulse, read_sign
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -115,7 +117,7 @@ def hooked(hook: Callable[[], None]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("rename", "unlink", "rmdir", "replace"):
             patch.setattr(os, name, calling(getattr(os, name)))
-        patch.setattr(publish, "exchange", calling(publish.exchange, after=True))
+        patch.setattr(places, "exchange", calling(places.exchange, after=True))
         yield
 
 
@@ -133,6 +135,22 @@ def at_step(number: int, do: Callable[[], None]) -> tuple[Callable[[], None], li
 
 def kill() -> None:
     raise Killed
+
+
+@pytest.fixture(autouse=True)
+def pulses(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Pulse]]:
+    """The signs of life that a test has begun; they end with it, also where a folder is never finished."""
+    begun: list[Pulse] = []
+    real = Pulse.start
+
+    def start(self: Pulse) -> None:
+        begun.append(self)
+        real(self)
+
+    monkeypatch.setattr(Pulse, "start", start)
+    yield begun
+    for pulse in begun:
+        pulse.stop()
 
 
 @pytest.fixture(params=["new", "replace", "replace without exchange"])
@@ -277,6 +295,26 @@ def test_many_finish_at_once(attempt: Callable[[], IterationFolder]) -> None:
             thread.join()
         assert errors == []
         check(folder.root, 1.0)
+
+
+def test_a_rank_shows_in_the_staging_folder_that_it_is_alive(tmp_path: Path, pulses: list[Pulse]) -> None:
+    folder = folder_of(tmp_path / "root", 1.0)
+    stage(folder)
+    (pulse,) = pulses
+    assert read_sign(pulse.path).pid == os.getpid()
+    (kept,) = clean(folder.root, wait_seconds=30).kept  # until the next beat, two seconds at most
+    assert f"process {os.getpid()} on" in kept.why
+    assert "live save" in kept.why
+    finish(folder)
+    check(folder.root, 1.0)
+    with pytest.raises(FileNotFoundError):
+        pulse.beat()
+    assert pulse.lost
+    other = folder_of(tmp_path / "other", 1.0)
+    stage(other)
+    other.abandon(STAGING)
+    assert not pulses[-1]._thread.is_alive()
+    assert list(tmp_path.iterdir()) == [folder.root]
 
 
 def test_a_failure_leaves_everything_as_it_was(tmp_path: Path) -> None:

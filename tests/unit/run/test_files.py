@@ -18,6 +18,33 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_what_a_filesystem_tells_only_when_a_file_is_closed_is_an_error(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.close
+
+    def close(descriptor: int) -> None:
+        real(descriptor)
+        raise OSError(number, os.strerror(number))
+
+    for writable in (True, False):
+        (tmp_path / "f").write_bytes(bytes(20))
+        files = Files(tmp_path, writable=writable)
+        with files.opened("f"):
+            pass
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "close", close)
+            if writable:
+                with pytest.raises(ShardwayError) as caught:
+                    files.close()
+                assert caught.value.codes == {"io-failed" if number == errno.EIO else "no-space"}
+                assert "close f" in str(caught.value)
+            else:
+                files.close()
+        files.close()
+
+
 def test_short_reads_and_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel may move fewer bytes than it was asked for."""
     (tmp_path / "f").write_bytes(bytes(20))

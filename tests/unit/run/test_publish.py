@@ -13,7 +13,8 @@ import pytest
 
 from shardway.core.errors import ShardwayError
 from shardway.run.lease import Lease
-from shardway.run.publish import Staging, is_leftover
+from shardway.run.places import is_leftover
+from shardway.run.publish import Staging
 from shardway.run.staged_file import StagedFile
 
 if TYPE_CHECKING:
