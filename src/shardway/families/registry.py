@@ -5,16 +5,37 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from shardway.core.errors import Code, Problem, ShardwayError
+from shardway.families.bailing import BAILING_MOE_V2
 from shardway.families.deepseek import DEEPSEEK_V3
+from shardway.families.ernie import ERNIE4_5_MOE
+from shardway.families.glm import GLM4_MOE
+from shardway.families.gpt_oss import GPT_OSS
 from shardway.families.llama import LLAMA
+from shardway.families.minimax import MINIMAX_M2
 from shardway.families.mistral import MISTRAL
+from shardway.families.mixtral import MIXTRAL
+from shardway.families.olmoe import OLMOE
 from shardway.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 
 if TYPE_CHECKING:
     from shardway.families.config import HFConfig
     from shardway.families.family import Family
 
-FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, DEEPSEEK_V3)
+FAMILIES: tuple[Family, ...] = (
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    QWEN3_MOE,
+    DEEPSEEK_V3,
+    MIXTRAL,
+    OLMOE,
+    MINIMAX_M2,
+    GLM4_MOE,
+    GPT_OSS,
+    BAILING_MOE_V2,
+    ERNIE4_5_MOE,
+)
 _BY_ARCHITECTURE = {architecture: family for family in FAMILIES for architecture in family.architectures}
 
 

@@ -9,6 +9,7 @@ of a part means the same elements. From there:
 
 * ``(G r*d) H``: the first axis is `G` times `r*d` long.
 * ``F@F/2*F H``: of an axis that is `2*F` long, the stretch of `F` that begins at `F`.
+* ``(G d)@Q/Q+2*K H``: the same of an axis of several words.
 * ``[e] F H``: the first axis has a place for each expert; the part is the one of `{e}`.
 * ``1 E``: an axis of extent 1.
 * ``H H'``: two walks of one length; the prime tells them apart.
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.core.tiles import Side, Tile
@@ -125,8 +126,26 @@ def qkv(*, q: str, k: str, v: str, trailing: tuple[str, ...] = ()) -> tuple[Part
     )
 
 
-def renamed(rules: Iterable[Rule], *, mcore: tuple[str, str], hf: tuple[str, str], when: str = "") -> tuple[Rule, ...]:
-    """The same rules for other layers: in each name the first text of a pair is replaced by the second.
+def fused_qkv(hf: str, *, trailing: tuple[str, ...] = ()) -> tuple[Part, ...]:
+    """The same as `qkv` where one Hugging Face tensor has all query rows above all key rows above all value rows."""
+    rest = " ".join(("", *trailing))
+    total = "nq*d+2*G*d"
+    return (
+        Part(hf, f"(G r*d)@0/{total}{rest}", f"(G r*d@0/r*d+2*d){rest}"),
+        Part(hf, f"(G d)@nq*d/{total}{rest}", f"(G d@r*d/r*d+2*d){rest}"),
+        Part(hf, f"(G d)@nq*d+G*d/{total}{rest}", f"(G d@r*d+d/r*d+2*d){rest}"),
+    )
+
+
+def only_when(rules: Iterable[Rule], when: str) -> tuple[Rule, ...]:
+    """The same rules where `when` has to hold besides."""
+    return tuple(replace(rule, when=f"{when} {rule.when}".strip()) for rule in rules)
+
+
+def renamed(
+    rules: Iterable[Rule], *, mcore: tuple[str, str] = ("", ""), hf: tuple[str, str], when: str = ""
+) -> tuple[Rule, ...]:
+    """The same rules under other names: in each name the first text of a pair is replaced by the second.
 
     Args:
         rules: Rules of a block.
@@ -270,7 +289,7 @@ def _read_axes(text: str, dims: Mapping[str, int]) -> _Axes:
     walks: dict[str, tuple[int, int, int]] = {}
     index = None
     for axis, factors in enumerate(_axes_of(text)):
-        stride, first = 1, 0
+        stride, first, extent_of_axis = 1, 0, 0
         along: list[tuple[str, tuple[int, int, int]]] = []
         for factor in reversed(factors):
             if factor in _COUNTS:
@@ -279,25 +298,28 @@ def _read_axes(text: str, dims: Mapping[str, int]) -> _Axes:
                 continue
             word, _, place = factor.partition("@")
             at, _, total = place.partition("/")
+            if not word:  # of the axis as a whole
+                first, extent_of_axis = extent(at, dims), extent(total, dims)
+                continue
             size = extent(word.rstrip("'"), dims)
             if word != "1":
                 along.append((word, (size, axis, stride)))
             first += extent(at, dims) * stride if at else 0
             stride *= extent(total, dims) if total else size
         walks.update(reversed(along))
-        shape.append(stride)
+        shape.append(extent_of_axis or stride)
         base.append(first)
     return _Axes(tuple(shape), tuple(base), walks, index)
 
 
 def _axes_of(text: str) -> Iterator[list[str]]:
-    """The factors of each axis: ``"(G r*d) H"`` is ``[G, r*d], [H]``."""
+    """The factors of each axis: ``"(G r*d)@Q/T H"`` is ``[G, r*d, @Q/T], [H]``."""
     inside: list[str] | None = None
-    for word in text.replace("(", " ( ").replace(")", " ) ").split():
+    for word in text.replace("(", " ( ").replace(")", " )").split():
         if word == "(":
             inside = []
-        elif word == ")":
-            yield inside or []
+        elif word[0] == ")":
+            yield [*(inside or []), *([word[1:]] if word[1:] else [])]
             inside = None
         elif inside is not None:
             inside.append(word)
