@@ -63,22 +63,19 @@ ATTENTION = (
     ),
 )
 
-# The same with norms over all heads at once.
-WIDE_NORM_ATTENTION = (
-    *(rule for rule in ATTENTION if rule.when != "qk_norm"),
+# Norms that span all query or key heads, in place of those of `qk_norm`.
+WIDE_NORMS = (
     Rule(
         "decoder.layers.{i}.self_attention.q_layernorm.weight",
         same("model.layers.{i}.self_attn.q_norm.weight", "nq*d"),
-        when="qk_norm",
     ),
     Rule(
         "decoder.layers.{i}.self_attention.k_layernorm.weight",
         same("model.layers.{i}.self_attn.k_norm.weight", "G*d"),
-        when="qk_norm",
     ),
 )
 
-WIDE_NORM = (
+NO_WIDE_NORMS = (
     "megatron-core's own query and key norms are of one head each; a model there needs a layer whose norms span all "
     "heads, as Megatron Bridge has for this family"
 )
@@ -257,6 +254,15 @@ def caveats(config: HFConfig) -> list[str]:
 
     The weights are carried bit for bit all the same. Found by comparing logits with megatron-core 0.16.1.
     """
+    activation = config.get("hidden_act")
+    found = rope_caveats(config)
+    if activation not in (None, "silu", "swish"):
+        found.append(f"the translated config says silu, but the model's activation is {activation!r}")
+    return found
+
+
+def rope_caveats(config: HFConfig) -> list[str]:
+    """The caveats of rotary positions alone."""
     found = []
     parameters = config.rope
     kind = parameters["rope_type"]
@@ -266,7 +272,4 @@ def caveats(config: HFConfig) -> list[str]:
         other = {key: parameters.get(key, fixed) for key, fixed in _LLAMA3_FIXED.items()}
         if other != _LLAMA3_FIXED:
             found.append(f"megatron-core holds {_LLAMA3_FIXED} fixed for llama3 rotary scaling; this model has {other}")
-    activation = config.get("hidden_act")
-    if activation not in (None, "silu", "swish"):
-        found.append(f"the translated config says silu, but the model's activation is {activation!r}")
     return found

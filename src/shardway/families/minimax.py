@@ -26,7 +26,7 @@ def _derived(config: HFConfig) -> dict[str, object]:
 
 
 def _caveats(config: HFConfig) -> list[str]:
-    return [*gqa.caveats(config), gqa.WIDE_NORM]
+    return [*gqa.caveats(config), gqa.NO_WIDE_NORMS]
 
 
 MINIMAX_M2 = Family(
@@ -34,13 +34,14 @@ MINIMAX_M2 = Family(
     architectures=("MiniMaxM2ForCausalLM",),
     rules=(
         gqa.EMBEDDINGS[0],
-        *gqa.WIDE_NORM_ATTENTION,
+        *gqa.ATTENTION,
+        *gqa.WIDE_NORMS,
         *moe.norm("model.layers.{i}.post_attention_layernorm.weight"),
         *moe.block_sparse(expert_bias="e_score_correction_bias"),
         *gqa.EMBEDDINGS[1:],
     ),
     dims=_dims,
-    flags={"moe": True, "qkv_bias": False, "proj_bias": False, "qk_norm": True, "expert_bias": True},
+    flags={"moe": True, "qkv_bias": False, "proj_bias": False, "qk_norm": False, "expert_bias": True},
     variants=(moe.PACKED, moe.TE),
     aliases=(gqa.TIED_HEAD,),
     fields=(*gqa.FIELDS, *moe.FIELDS),

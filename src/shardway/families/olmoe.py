@@ -23,7 +23,7 @@ def _derived(config: HFConfig) -> dict[str, object]:
 
 
 def _caveats(config: HFConfig) -> list[str]:
-    found = [*gqa.caveats(config), gqa.WIDE_NORM]
+    found = [*gqa.caveats(config), gqa.NO_WIDE_NORMS]
     if config.get("clip_qkv") is not None:
         found.append("megatron-core does not clip queries, keys and values; this model's config says clip_qkv")
     if config.flag("attention_bias", default=False):
@@ -36,14 +36,15 @@ OLMOE = Family(
     architectures=("OlmoeForCausalLM",),
     rules=(
         gqa.EMBEDDINGS[0],
-        *gqa.WIDE_NORM_ATTENTION,
+        *gqa.ATTENTION,
+        *gqa.WIDE_NORMS,
         *moe.norm("model.layers.{i}.post_attention_layernorm.weight"),
         *moe.router("model.layers.{i}.mlp.gate.weight"),
         *moe.experts("model.layers.{i}.mlp.experts"),
         *gqa.EMBEDDINGS[1:],
     ),
     dims=_dims,
-    flags={"moe": True, "qkv_bias": "attention_bias", "proj_bias": "attention_bias", "qk_norm": True},
+    flags={"moe": True, "qkv_bias": "attention_bias", "proj_bias": "attention_bias", "qk_norm": False},
     variants=(moe.PACKED, moe.TE),
     aliases=(gqa.TIED_HEAD,),
     fields=(*gqa.FIELDS, *moe.FIELDS, Field("attention_bias", "add_qkv_bias", default=False)),

@@ -9,7 +9,7 @@ of a part means the same elements. From there:
 
 * ``(G r*d) H``: the first axis is `G` times `r*d` long.
 * ``F@F/2*F H``: of an axis that is `2*F` long, the stretch of `F` that begins at `F`.
-* ``(G d)@Q/Q+2*K H``: the same of an axis of several words.
+* ``(G r*d)@0/nq*d+2*G*d H``: the same of a whole axis: query heads in a tensor of queries, keys and values.
 * ``[e] F H``: the first axis has a place for each expert; the part is the one of `{e}`.
 * ``1 E``: an axis of extent 1.
 * ``H H'``: two walks of one length; the prime tells them apart.
@@ -127,13 +127,13 @@ def qkv(*, q: str, k: str, v: str, trailing: tuple[str, ...] = ()) -> tuple[Part
 
 
 def fused_qkv(hf: str, *, trailing: tuple[str, ...] = ()) -> tuple[Part, ...]:
-    """The same as `qkv` where one Hugging Face tensor has all query rows above all key rows above all value rows."""
+    """`qkv` of one tensor that holds all queries, then all keys, then all values."""
     rest = " ".join(("", *trailing))
-    total = "nq*d+2*G*d"
-    return (
-        Part(hf, f"(G r*d)@0/{total}{rest}", f"(G r*d@0/r*d+2*d){rest}"),
-        Part(hf, f"(G d)@nq*d/{total}{rest}", f"(G d@r*d/r*d+2*d){rest}"),
-        Part(hf, f"(G d)@nq*d+G*d/{total}{rest}", f"(G d@r*d+d/r*d+2*d){rest}"),
+    places = ("(G r*d)@0", "(G d)@G*r*d", "(G d)@G*r*d+G*d")
+    total = "/G*r*d+2*G*d"
+    return tuple(
+        Part(hf, f"{place}{total}{rest}", part.mcore_axes)
+        for place, part in zip(places, qkv(q="", k="", v="", trailing=trailing), strict=True)
     )
 
 
@@ -288,8 +288,8 @@ def _read_axes(text: str, dims: Mapping[str, int]) -> _Axes:
     base: list[int] = []
     walks: dict[str, tuple[int, int, int]] = {}
     index = None
-    for axis, factors in enumerate(_axes_of(text)):
-        stride, first, extent_of_axis = 1, 0, 0
+    for axis, (factors, place_of_axis) in enumerate(_axes_of(text)):
+        stride, first = 1, 0
         along: list[tuple[str, tuple[int, int, int]]] = []
         for factor in reversed(factors):
             if factor in _COUNTS:
@@ -298,33 +298,31 @@ def _read_axes(text: str, dims: Mapping[str, int]) -> _Axes:
                 continue
             word, _, place = factor.partition("@")
             at, _, total = place.partition("/")
-            if not word:  # of the axis as a whole
-                first, extent_of_axis = extent(at, dims), extent(total, dims)
-                continue
             size = extent(word.rstrip("'"), dims)
             if word != "1":
                 along.append((word, (size, axis, stride)))
             first += extent(at, dims) * stride if at else 0
             stride *= extent(total, dims) if total else size
+        at, _, total = place_of_axis.partition("/")
         walks.update(reversed(along))
-        shape.append(extent_of_axis or stride)
-        base.append(first)
+        shape.append(extent(total, dims) if total else stride)
+        base.append(first + extent(at, dims) if at else first)
     return _Axes(tuple(shape), tuple(base), walks, index)
 
 
-def _axes_of(text: str) -> Iterator[list[str]]:
-    """The factors of each axis: ``"(G r*d)@Q/T H"`` is ``[G, r*d, @Q/T], [H]``."""
+def _axes_of(text: str) -> Iterator[tuple[list[str], str]]:
+    """The factors of each axis, and where their product lies in it: ``"(G d)@0/T H"`` is `[G, d], "0/T"` and `[H]`."""
     inside: list[str] | None = None
     for word in text.replace("(", " ( ").replace(")", " )").split():
         if word == "(":
             inside = []
         elif word[0] == ")":
-            yield [*(inside or []), *([word[1:]] if word[1:] else [])]
+            yield inside or [], word[2:]
             inside = None
         elif inside is not None:
             inside.append(word)
         else:
-            yield [word]
+            yield [word], ""
 
 
 def _distinct(words: tuple[str, ...]) -> str:
