@@ -85,6 +85,7 @@ BAILING_MOE_V2 = Family(
         *gqa.FIELDS,
         *moe.FIELDS,
         *moe.GROUP_FIELDS,
+        Field("num_nextn_predict_layers", "mtp_num_layers"),
         Field("use_qkv_bias", "add_qkv_bias", default=False),
         Field("use_qk_norm", "qk_layernorm", default=True),
     ),

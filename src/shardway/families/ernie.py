@@ -24,7 +24,7 @@ _MLP = "model.layers.{i}.mlp"
 
 _ROUTER = moe.router(f"{_MLP}.gate.weight", expert_bias=f"{_MLP}.moe_statics.e_score_correction_bias", bias_axes="1 E")
 
-MTP_BLOCK = Variant(flag="mtp_block", hf=r"model\.mtp_block\.\d+\.", mcore=r"mtp\.layers\.")
+_MTP = Variant(flag="mtp", hf=r"model\.mtp_block\.\d+\.", mcore=r"mtp\.layers\.", default=True)
 
 ROUTING = (
     "megatron-core adds an expert bias to sigmoid scores only; this model routes by softmax, so a Megatron model will "
@@ -46,7 +46,7 @@ def _layers(config: HFConfig, dims: Mapping[str, int]) -> dict[str, Sequence[Lay
     end = config.get("moe_layer_end_index")
     last = end if isinstance(end, int) and end >= 0 else dims["L"] - 1
     kinds = ["moe" if first <= at <= last and (at + 1) % step == 0 else "dense" for at in range(dims["L"])]
-    num_predicting = config.count("num_nextn_predict_layers", 1)
+    num_predicting = config.whole("num_nextn_predict_layers", 0)
     return {
         "i": tuple(Layer(kinds=frozenset({kind})) for kind in kinds),
         "k": (Layer(kinds=frozenset({"dense"})),) * num_predicting,
@@ -65,14 +65,14 @@ def _caveats(config: HFConfig) -> list[str]:
 def _mtp_block() -> tuple[Rule, ...]:
     at = "mtp.layers.{k}"
     return (
-        Rule(f"{at}.enorm.weight", same("model.mtp_emb_norm.{k}.weight", "H"), when="mtp_block"),
-        Rule(f"{at}.hnorm.weight", same("model.mtp_hidden_norm.{k}.weight", "H"), when="mtp_block"),
-        Rule(f"{at}.eh_proj.weight", same("model.mtp_linear_proj.{k}.weight", "H", "2*H"), when="mtp_block"),
+        Rule(f"{at}.enorm.weight", same("model.mtp_emb_norm.{k}.weight", "H"), when="mtp"),
+        Rule(f"{at}.hnorm.weight", same("model.mtp_hidden_norm.{k}.weight", "H"), when="mtp"),
+        Rule(f"{at}.eh_proj.weight", same("model.mtp_linear_proj.{k}.weight", "H", "2*H"), when="mtp"),
         *renamed(
             (*gqa.ATTENTION, *gqa.dense(gqa.GATED_MLP)),
             mcore=("decoder.layers.{i}", f"{at}.transformer_layer"),
             hf=("model.layers.{i}", "model.mtp_block.{k}"),
-            when="mtp_block",
+            when="mtp",
         ),
     )
 
@@ -103,7 +103,7 @@ ERNIE4_5_MOE = Family(
     stacks=_layers,
     kinds=("moe", "dense"),
     per_layer=True,
-    variants=(moe.PACKED, moe.TE, MTP_BLOCK),
+    variants=(moe.PACKED, moe.TE, _MTP),
     aliases=(gqa.TIED_HEAD,),
     tied_by_default=True,
     fields=(

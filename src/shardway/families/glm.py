@@ -61,6 +61,7 @@ GLM4_MOE = Family(
         *gqa.FIELDS,
         *moe.FIELDS,
         *moe.GROUP_FIELDS,
+        Field("num_nextn_predict_layers", "mtp_num_layers"),
         Field("attention_bias", "add_qkv_bias", default=False),
         Field("use_qk_norm", "qk_layernorm", default=False),
     ),
