@@ -49,8 +49,10 @@ GPT_OSS = _EXPERTS | {
         "beta_fast": 32.0,
         "beta_slow": 1.0,
         "truncate": False,
-        "original_max_position_embeddings": 8,
+        "original_max_position_embeddings": 4096,
     },
+    "max_position_embeddings": 131_072,
+    "swiglu_limit": 0.5,
 }
 ERNIE4_5_MOE = {
     "num_hidden_layers": 3,

@@ -26,9 +26,13 @@ _ROUTER = moe.router(f"{_MLP}.gate.weight", expert_bias=f"{_MLP}.moe_statics.e_s
 
 _MTP = Variant(flag="mtp", hf=r"model\.mtp_block\.\d+\.", mcore=r"mtp\.layers\.", default=True)
 
-ROUTING = (
+_ROUTING = (
     "megatron-core adds an expert bias to sigmoid scores only; this model routes by softmax, so a Megatron model will "
     "choose and weigh experts otherwise"
+)
+_NO_MTP = (
+    "megatron-core's layers of multi-token prediction end in a norm, this model's don't; a Megatron model leaves them "
+    "in the checkpoint"
 )
 
 
@@ -59,7 +63,10 @@ def _derived(config: HFConfig) -> dict[str, object]:
 
 
 def _caveats(config: HFConfig) -> list[str]:
-    return [*gqa.caveats(config), ROUTING]
+    found = [*gqa.caveats(config), _ROUTING]
+    if config.whole("num_nextn_predict_layers", 0):
+        found.append(_NO_MTP)
+    return found
 
 
 def _mtp_block() -> tuple[Rule, ...]:
