@@ -9,10 +9,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from shardway.families import gqa, mla, moe
-from shardway.families.family import Family, Field
+from shardway.families.bridge import BLOCK_SPEC
+from shardway.families.family import Family, Field, Provider
 from shardway.families.rules import Rule, fused_qkv, same
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from shardway.families.config import HFConfig
 
 _AT = "decoder.layers.{i}.self_attention"
@@ -31,6 +34,16 @@ def _dims(config: HFConfig) -> dict[str, int]:
 def _derived(config: HFConfig) -> dict[str, object]:
     layers = mla.dense_then_moe(config, {"L": config.count("num_hidden_layers")})["i"]
     return gqa.rope(config) | moe.layer_freq(layers)
+
+
+def _restore(fields: Mapping[str, object]) -> dict[str, object]:
+    config = {"hidden_act": fields.get("activation_func", "silu")} | gqa.restore_rope(fields)
+    return config | {
+        "first_k_dense_replace": moe.first_mixture(fields),
+        "num_shared_experts": moe.num_shared_experts(fields) or None,
+        "num_nextn_predict_layers": fields.get("mtp_num_layers") or 0,
+        "use_bias": False,
+    }
 
 
 def _caveats(config: HFConfig) -> list[str]:
@@ -81,6 +94,8 @@ BAILING_MOE_V2 = Family(
     kinds=("moe", "dense"),
     per_layer=True,
     variants=(moe.PACKED, moe.TE, mla.MTP),
+    provider=Provider(layer_spec=BLOCK_SPEC),
+    restore=_restore,
     fields=(
         *gqa.FIELDS,
         *moe.FIELDS,

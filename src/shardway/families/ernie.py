@@ -12,7 +12,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from shardway.families import gqa, moe
-from shardway.families.family import Family, Field, Layer, Variant
+from shardway.families.bridge import BLOCK_SPEC
+from shardway.families.family import Family, Field, Layer, Provider, Variant
 from shardway.families.rules import Rule, renamed, same
 
 if TYPE_CHECKING:
@@ -60,6 +61,19 @@ def _layers(config: HFConfig, dims: Mapping[str, int]) -> dict[str, Sequence[Lay
 def _derived(config: HFConfig) -> dict[str, object]:
     layers = _layers(config, {"L": config.count("num_hidden_layers")})["i"]
     return gqa.rope(config) | moe.layer_freq(layers)
+
+
+def _restore(fields: Mapping[str, object]) -> dict[str, object]:
+    config = {"hidden_act": fields.get("activation_func", "silu")} | gqa.restore_rope(fields)
+    frequency = fields.get("moe_layer_freq")
+    mixtures = [layer for layer, sparse in enumerate(frequency) if sparse] if isinstance(frequency, list) else []
+    if mixtures:
+        config |= {
+            "moe_layer_start_index": mixtures[0],
+            "moe_layer_end_index": mixtures[-1],
+            "moe_layer_interval": mixtures[1] - mixtures[0] if len(mixtures) > 1 else 1,
+        }
+    return config | {"moe_num_shared_experts": moe.num_shared_experts(fields)}
 
 
 def _caveats(config: HFConfig) -> list[str]:
@@ -112,6 +126,9 @@ ERNIE4_5_MOE = Family(
     per_layer=True,
     variants=(moe.PACKED, moe.TE, _MTP),
     aliases=(gqa.TIED_HEAD,),
+    provider=Provider(layer_spec=BLOCK_SPEC),
+    hf_keys={"num_moe_experts": "moe_num_experts"},
+    restore=_restore,
     tied_by_default=True,
     fields=(
         *gqa.FIELDS,

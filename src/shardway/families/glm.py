@@ -9,9 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from shardway.families import gqa, mla, moe
-from shardway.families.family import Family, Field
+from shardway.families.bridge import BLOCK_SPEC
+from shardway.families.family import Family, Field, Provider
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from shardway.families.config import HFConfig
 
 
@@ -24,6 +27,17 @@ def _dims(config: HFConfig) -> dict[str, int]:
 def _derived(config: HFConfig) -> dict[str, object]:
     layers = mla.dense_then_moe(config, {"L": config.count("num_hidden_layers")})["i"]
     return gqa.rope(config, partial=0.5) | moe.layer_freq(layers)
+
+
+def _restore(fields: Mapping[str, object]) -> dict[str, object]:
+    config = {"hidden_act": fields.get("activation_func", "silu")} | gqa.restore_rope(fields)
+    return config | {
+        "first_k_dense_replace": moe.first_mixture(fields),
+        "n_shared_experts": moe.num_shared_experts(fields),
+        "norm_topk_prob": True,
+        "num_nextn_predict_layers": fields.get("mtp_num_layers") or 0,
+        "partial_rotary_factor": fields.get("rotary_percent", 1.0),
+    }
 
 
 def _caveats(config: HFConfig) -> list[str]:
@@ -57,6 +71,12 @@ GLM4_MOE = Family(
     per_layer=True,
     variants=(moe.PACKED, moe.TE, mla.MTP),
     aliases=(gqa.TIED_HEAD, *mla.ALIASES),
+    provider=Provider(
+        fields={"bias_activation_fusion": True, "bias_dropout_fusion": True, "persist_layer_norm": True},
+        layer_spec=BLOCK_SPEC,
+    ),
+    hf_keys={"num_moe_experts": "n_routed_experts"},
+    restore=_restore,
     fields=(
         *gqa.FIELDS,
         *moe.FIELDS,

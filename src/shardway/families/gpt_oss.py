@@ -12,10 +12,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from shardway.families import gqa, moe
-from shardway.families.family import Family, Field, Variant
+from shardway.families.family import Family, Field, Provider, Variant
 from shardway.families.rules import Part, Rule, same
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from shardway.families.config import HFConfig
 
 _MLP = "decoder.layers.{i}.mlp"
@@ -66,8 +68,21 @@ def _dims(config: HFConfig) -> dict[str, int]:
 
 
 def _derived(config: HFConfig) -> dict[str, object]:
+    layers = range(config.count("num_hidden_layers"))
+    every_other = [(layer + 1) % 2 for layer in layers]
     fields = gqa.rope(config) | gqa.window(config)
+    if config.get("layer_types") is None or fields.get("window_attn_skip_freq") == every_other:
+        fields["window_attn_skip_freq"] = 2
     return fields | {"activation_func_clamp_value": config.number("swiglu_limit", 7.0)}
+
+
+def _restore(fields: Mapping[str, object]) -> dict[str, object]:
+    config = gqa.restore_rope(fields) | gqa.restore_window(fields)
+    num_layers, skips = fields.get("num_layers"), fields.get("window_attn_skip_freq")
+    if isinstance(skips, int) and skips > 0 and isinstance(num_layers, int):
+        kinds = ("full_attention", "sliding_attention")
+        config["layer_types"] = [kinds[bool((layer + 1) % skips)] for layer in range(num_layers)]
+    return config | {"hidden_act": "silu", "swiglu_limit": fields.get("activation_func_clamp_value", 7.0)}
 
 
 def _caveats(config: HFConfig) -> list[str]:
@@ -103,6 +118,9 @@ GPT_OSS = Family(
     },
     variants=(MXFP4, moe.TE),
     aliases=(gqa.TIED_HEAD,),
+    provider=Provider(fields={"bias_activation_fusion": True, "bias_dropout_fusion": False}),
+    hf_keys={"num_moe_experts": "num_local_experts", "moe_ffn_hidden_size": "intermediate_size"},
+    restore=_restore,
     fields=(*gqa.FIELDS, *moe.FIELDS, Field("attention_bias", "add_qkv_bias", default=True)),
     constants=gqa.CONSTANTS
     | dict(moe.CONSTANTS)

@@ -162,8 +162,9 @@ def map_model(
     fields = family.megatron_config(config, flags)
     caveats = list(family.caveats(config))
     promised = len(stacks.get("k", ()))
-    if promised and "mtp" not in flags:
+    if not promised or "mtp" not in flags:
         fields.pop("mtp_num_layers", None)
+    if promised and "mtp" not in flags:
         caveats.append(f"config.json promises {promised} layers of multi-token prediction, which the weights lack")
     ignored = "|".join(re.escape(template).replace(r"\{i\}", r"\d+") for template in family.ignored)
     return ModelMapping(

@@ -9,9 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from shardway.families import gqa, moe
-from shardway.families.family import Family
+from shardway.families.family import Family, Provider
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from shardway.families.config import HFConfig
 
 
@@ -23,6 +25,10 @@ def _dims(config: HFConfig) -> dict[str, int]:
 def _derived(config: HFConfig) -> dict[str, object]:
     head_dim = config.count("head_dim", 128)
     return gqa.rope(config, partial=config.count("rotary_dim", head_dim) / head_dim)
+
+
+def _restore(fields: Mapping[str, object]) -> dict[str, object]:
+    return {"hidden_act": fields.get("activation_func", "silu")} | gqa.restore_rope(fields)
 
 
 def _caveats(config: HFConfig) -> list[str]:
@@ -44,6 +50,16 @@ MINIMAX_M2 = Family(
     flags={"moe": True, "qkv_bias": False, "proj_bias": False, "qk_norm": False, "expert_bias": True},
     variants=(moe.PACKED, moe.TE),
     aliases=(gqa.TIED_HEAD,),
+    provider=Provider(
+        fields={
+            "transformer_layer_spec": {
+                "_target_": "megatron.bridge.models.minimax_m2.minimax_m2_provider.minimax_m2_layer_spec",
+                "_call_": False,
+            },
+        }
+    ),
+    hf_keys={"num_moe_experts": "num_local_experts", "moe_ffn_hidden_size": "intermediate_size"},
+    restore=_restore,
     fields=(*gqa.FIELDS, *moe.FIELDS),
     constants=gqa.CONSTANTS
     | dict(moe.CONSTANTS)

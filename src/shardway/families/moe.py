@@ -173,6 +173,18 @@ def layer_freq(layers: Sequence[Layer]) -> dict[str, object]:
     return {"moe_layer_freq": [int("moe" in layer.kinds) for layer in layers]}
 
 
+def first_mixture(fields: Mapping[str, object]) -> int:
+    """How many dense layers precede the first mixture of experts, by fields of Megatron's config."""
+    frequency = fields.get("moe_layer_freq")
+    return frequency.index(1) if isinstance(frequency, list) and 1 in frequency else 0
+
+
+def num_shared_experts(fields: Mapping[str, object]) -> int:
+    """How many experts see every token, by fields of Megatron's config: their width over that of a routed one."""
+    shared, routed = fields.get("moe_shared_expert_intermediate_size"), fields.get("moe_ffn_hidden_size")
+    return shared // routed if isinstance(shared, int) and isinstance(routed, int) and routed else 0
+
+
 def group_caveats(config: HFConfig) -> list[str]:
     """What megatron-core's sigmoid routing does otherwise than transformers, as `Family.caveats`.
 

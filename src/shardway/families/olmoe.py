@@ -8,9 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from shardway.families import gqa, moe
-from shardway.families.family import Family, Field
+from shardway.families.family import Family, Field, Provider
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from shardway.families.config import HFConfig
 
 
@@ -20,6 +22,11 @@ def _dims(config: HFConfig) -> dict[str, int]:
 
 def _derived(config: HFConfig) -> dict[str, object]:
     return gqa.rope(config) | {"moe_router_pre_softmax": not config.flag("norm_topk_prob", default=False)}
+
+
+def _restore(fields: Mapping[str, object]) -> dict[str, object]:
+    config = {"hidden_act": fields.get("activation_func", "silu")} | gqa.restore_rope(fields)
+    return config | {"norm_topk_prob": not fields.get("moe_router_pre_softmax", False)}
 
 
 def _caveats(config: HFConfig) -> list[str]:
@@ -47,6 +54,17 @@ OLMOE = Family(
     flags={"moe": True, "qkv_bias": "attention_bias", "proj_bias": "attention_bias", "qk_norm": False},
     variants=(moe.PACKED, moe.TE),
     aliases=(gqa.TIED_HEAD,),
+    provider=Provider(
+        fields={
+            "persist_layer_norm": True,
+            "transformer_layer_spec": {
+                "_target_": "megatron.bridge.models.olmoe.olmoe_provider.olmoe_layer_spec",
+                "_call_": False,
+            },
+        }
+    ),
+    hf_keys={"moe_ffn_hidden_size": "intermediate_size"},
+    restore=_restore,
     fields=(*gqa.FIELDS, *moe.FIELDS, Field("attention_bias", "add_qkv_bias", default=False)),
     constants=gqa.CONSTANTS
     | dict(moe.CONSTANTS)
