@@ -109,7 +109,7 @@ def test_both_spellings_of_the_config_say_the_same() -> None:
         "yarn_rotary_scaling_factor": 32.0,
         "yarn_correction_range_round_to_int": False,
         "window_size": [127, 0],
-        "window_attn_skip_freq": [1, 0],
+        "window_attn_skip_freq": 2,
         "add_qkv_bias": True,
         "add_bias_linear": True,
         "softmax_type": "learnable",
