@@ -10,12 +10,13 @@ from shardway.core.boxes import Box, exact_cover, hull, row_major_strides, span,
 from shardway.core.errors import Code, Problem
 from shardway.core.tiles import reach, restrict
 from shardway.formats.torch_file import tensor_blob_frame
+from shardway.plans.combs import keep_whole
 from shardway.plans.model import Piece, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from shardway.core.tensors import Chunk, StoredTensor
+    from shardway.core.tensors import Chunk, Shape, StoredTensor
     from shardway.core.tiles import Tile
     from shardway.formats.torch_file import TensorFrame
 
@@ -82,7 +83,10 @@ def build_streams(
         spans = ((*span(_box(tile), strides), k, tile) for k, tile in enumerate(on.get(name, ())))
         waiting = sorted(spans, reverse=True)
         live: list[tuple[int, Tile]] = []
-        for box, chunks in slabs(tensor):
+        found = slabs(tensor)
+        if blob_offsets is None:
+            found = _with_whole_combs(found, on.get(name, ()), hf, tensor.shape)
+        for box, chunks in found:
             first, last = span(box, strides)
             live = [(end, tile) for end, tile in live if end >= first]
             while waiting and waiting[-1][0] <= last:
@@ -102,6 +106,17 @@ def build_streams(
             streams.append(Stream(name, tensor.dtype, box, chunks, tuple(pieces), offsets))
     streams.sort(key=_place)
     return tuple(streams)
+
+
+def _with_whole_combs(
+    found: list[tuple[Box, tuple[Chunk, ...]]], tiles: Iterable[Tile], hf: Mapping[str, StoredTensor], shape: Shape
+) -> list[tuple[Box, tuple[Chunk, ...]]]:
+    """Slabs joined where they would cut what an export can write in one piece only together."""
+    memories = ((tile, whole(hf[tile.hf.tensor].shape)) for tile in tiles if len(hf[tile.hf.tensor].chunks) == 1)
+    return [
+        (hull([box for box, _ in found[begin:end]]), tuple(chunk for _, chunks in found[begin:end] for chunk in chunks))
+        for begin, end in keep_whole([box for box, _ in found], memories, shape)
+    ]
 
 
 def frame(stream: Stream, number: int) -> TensorFrame:
