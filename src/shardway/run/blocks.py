@@ -169,18 +169,22 @@ def _write_pieces(plan: Plan, stream: Stream, block: Box, hf: Files, memory: Arr
         else:
             scatter(hf, piece.hf.file, piece.hf.offset + grid.offset * converted.itemsize, grid.strides, converted)
     for (file, at), found in teeth.items():
-        grids = [grid for grid, _ in found]
-        left = set(range(len(found)))
-        for group in complete(grids):
-            left.difference_update(group)
-            first = grids[group[0]].offset
-            together = np.empty(max(grids[k].past for k in group) - first, found[group[0]][1].dtype)
-            for k in group:
-                grid_view(together, grids[k].offset - first, grids[k].sizes, grids[k].strides)[...] = found[k][1]
-            hf.write_from(file, together.view(np.uint8).data, at + first * together.itemsize)
-        for k in left:
-            grid, converted = found[k]
-            scatter(hf, file, at + grid.offset * converted.itemsize, grid.strides, converted)
+        _write_combs(hf, file, at, found)
+
+
+def _write_combs(hf: Files, file: str, at: int, teeth: Sequence[tuple[Grid, Array]]) -> None:
+    """Write grids in which no two elements are neighbours; those that fill a stretch together, in one piece."""
+    grids = [grid for grid, _ in teeth]
+    left = dict(enumerate(teeth))
+    for group in complete(grids):
+        first = grids[group[0]].offset
+        together = np.empty(max(grids[k].past for k in group) - first, teeth[group[0]][1].dtype)
+        for k in group:
+            grid, values = left.pop(k)
+            grid_view(together, grid.offset - first, grid.sizes, grid.strides)[...] = values
+        hf.write_from(file, together.view(np.uint8).data, at + first * together.itemsize)
+    for grid, values in left.values():
+        scatter(hf, file, at + grid.offset * values.itemsize, grid.strides, values)
 
 
 def pieces_in(stream: Stream, block: Box) -> Iterator[tuple[Piece, Tile]]:
