@@ -6,7 +6,6 @@ Source: transformers 5.12 (`_get_resolved_checkpoint_files` in modeling_utils.py
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import stat
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from shardway.core.errors import Code, Problem, Problems, ShardwayError
 from shardway.core.tensors import Catalog, StoredTensor
+from shardway.formats.json_text import JsonInvalidError, parse_json
 from shardway.formats.safetensors import (
     SafetensorsFile,
     missing_file,
@@ -93,10 +93,6 @@ class _Tree:
 
     def top_level(self, *suffixes: str) -> list[str]:
         return sorted(name for name in self.names if "/" not in name and name.lower().endswith(suffixes))
-
-
-class _DuplicateKeyError(ValueError):
-    """A key that JSON text gives twice in one object."""
 
 
 def open_huggingface(root: Path) -> HuggingFaceCheckpoint:
@@ -287,33 +283,16 @@ def _read_json(path: Path, max_bytes: int, code: Code) -> dict[str, object]:
             raise ShardwayError(unreadable_file(path, "it is not a regular file"))
         if status.st_size > max_bytes:
             raise invalid(f"has {status.st_size} bytes; at most {max_bytes} are accepted")
-        value = json.loads(path.read_bytes().decode(), object_pairs_hook=_unique_keys)
+        value = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise ShardwayError(missing_file(path)) from None
     except OSError as error:
         raise ShardwayError(unreadable_file(path, error)) from error
-    except _DuplicateKeyError as error:
-        raise invalid(f"gives the key {printable(str(error))} twice in one object") from None
-    except UnicodeDecodeError as error:
-        raise invalid(f"is not UTF-8 at byte {error.start}: {error.reason}") from None
-    except RecursionError:
-        raise invalid("nests JSON too deeply") from None
-    except ValueError as error:
-        raise invalid(f"is not valid JSON: {error}") from None
+    except JsonInvalidError as error:
+        raise invalid(str(error)) from None
     if not isinstance(value, dict):
         raise invalid(f"holds a JSON {type(value).__name__}, not an object")
     return value
-
-
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise _DuplicateKeyError(key)
-            seen.add(key)
-    return found
 
 
 def _choose_files(root: Path, tree: _Tree, index: Mapping[str, str] | None, problems: Problems) -> tuple[str, ...]:

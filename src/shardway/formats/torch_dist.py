@@ -21,6 +21,7 @@ from shardway.formats.iterations import (
     shorten,
     tracker_text,
 )
+from shardway.formats.json_text import JsonInvalidError, parse_json
 from shardway.formats.safetensors import missing_file, unreadable_file
 from shardway.formats.saved_objects import (
     MAX_FILE_BYTES,
@@ -220,13 +221,14 @@ def _check_backend(root: Path, files: Mapping[str, int]) -> None:
     if "metadata.json" in files:
         path = root / "metadata.json"
         try:
-            config = json.loads(read_small_file(path, _MAX_JSON_BYTES))
-            backend = config["sharded_backend"]
-            if not isinstance(backend, str):
-                raise TypeError
-        except (ValueError, TypeError, KeyError, RecursionError):
-            what = "metadata.json does not say which backend wrote the checkpoint"
+            config = parse_json(read_small_file(path, _MAX_JSON_BYTES))
+        except JsonInvalidError as error:
+            what = f"metadata.json {error}"
             raise ShardwayError(Problem(code=Code.METADATA_INVALID, what=what, file=path, cure=_CURE_COPY)) from None
+        backend = config.get("sharded_backend") if isinstance(config, dict) else None
+        if not isinstance(backend, str):
+            what = "metadata.json does not say which backend wrote the checkpoint"
+            raise ShardwayError(Problem(code=Code.METADATA_INVALID, what=what, file=path, cure=_CURE_COPY))
         if backend != "torch_dist":
             raise ShardwayError(
                 Problem(
