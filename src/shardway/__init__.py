@@ -1,7 +1,8 @@
 """shardway: the way for model weights between Hugging Face (safetensors) and Megatron-Core (torch_dist).
 
-`import_hf` and `export_hf` convert checkpoints, `verify` compares two of any kind, `inspect` looks into one and `plan`
-says what a conversion would do. None of them needs torch, a GPU or a process group. `AutoBridge` saves live models.
+`import_hf` and `export_hf` convert checkpoints, `verify` compares two of any kind or holds one against its record,
+`inspect` looks into one and `plan` says what a conversion would do. None of them needs torch, a GPU or a process group.
+`AutoBridge` saves live models.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from shardway.core.errors import Code, Problem, ShardwayError
     from shardway.run.progress import Progress
     from shardway.verification.inspection import InspectReport, inspect
-    from shardway.verification.pair import VerifyReport, verify
+    from shardway.verification.pair import verify
+    from shardway.verification.report import VerifyReport
 
 # Where each public name lives; imported on first use, so that `import shardway` costs next to nothing.
 _HOMES = {
@@ -31,7 +33,7 @@ _HOMES = {
     "Problem": "core.errors",
     "Progress": "run.progress",
     "ShardwayError": "core.errors",
-    "VerifyReport": "verification.pair",
+    "VerifyReport": "verification.report",
     "export_hf": "convert.exporting",
     "import_hf": "convert.importing",
     "inspect": "verification.inspection",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from shardway.convert.report import ConversionReport
     from shardway.core.errors import Problem, ShardwayError
     from shardway.verification.inspection import InspectReport
-    from shardway.verification.pair import Difference
+    from shardway.verification.report import Difference
 
 _MOST_PROBLEMS = 50
 _MOST_DIFFERENCES = 100
@@ -122,6 +122,11 @@ def _verify(chosen: argparse.Namespace) -> int:
         report = verify(chosen.a, chosen.b, workers=chosen.workers, progress=progress)
     if chosen.json:
         print(json.dumps(report.to_dict(), indent=2))
+    elif report.equal and report.b is None and not chosen.quiet:
+        print(
+            f"undamaged: {plural(report.num_tensors, 'tensor')}, {human_bytes(report.num_bytes)} in all files, "
+            f"{report.num_digests:,} recorded digests checked ({report.seconds:.2f} s)"
+        )
     elif report.equal and not chosen.quiet:
         digests = f", {report.num_digests:,} recorded digests checked" if report.num_digests else ""
         print(
@@ -130,10 +135,15 @@ def _verify(chosen: argparse.Namespace) -> int:
         )
     if not report.equal and not chosen.json:
         shown = report.differences[:_MOST_DIFFERENCES]
-        print(table(("tensor", "what", "detail", "first at", "elements", "max abs"), [_row(each) for each in shown]))
+        columns = ("tensor", "what", "detail", "first at", "elements", "max abs", "file")
+        print(table(columns, [_row(each) for each in shown]))
         if len(report.differences) > len(shown):
             print(f"... and {len(report.differences) - len(shown)} more (--json lists all)")
-        print(f"different: {plural(len(report.differences), 'difference')} in {report.num_tensors:,} tensors compared")
+        if report.b is None:
+            print(f"damaged: {plural(len(report.differences), 'place')} not as recorded")
+        else:
+            count = plural(len(report.differences), "difference")
+            print(f"different: {count} in {report.num_tensors:,} tensors compared")
     return 0 if report.equal else 1
 
 
@@ -145,6 +155,7 @@ def _row(difference: Difference) -> tuple[str, ...]:
         "" if difference.first_index is None else str(list(difference.first_index)),
         "" if difference.num_elements is None else f"{difference.num_elements:,}",
         "" if difference.max_abs is None else f"{difference.max_abs:.6g}",
+        difference.file or "",
     )
 
 

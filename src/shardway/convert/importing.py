@@ -30,6 +30,7 @@ from shardway.run.execute import check_apart, execute, preflight
 from shardway.run.progress import Meter
 from shardway.run.publish import Staging
 from shardway.verification.compare import check_copies, check_readable, compare_plan
+from shardway.verification.recording import digest_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -133,7 +134,7 @@ def import_hf(
     meter = Meter("copy", plan.num_bytes, progress)
     with Staging(folder, sync=fsync) as staging:
         digests = execute(plan, staging, origin, num_workers, meter.advance, {})
-        staging.write(RECORD_FILE, record.with_digests(digests).to_json())
+        staging.write(RECORD_FILE, record.with_digests(digests, digest_files(plan, staging.path)).to_json())
         if verify:
             check_readable(plan, staging.path)
             compare_plan(plan, staging.path, num_workers, progress, digests)

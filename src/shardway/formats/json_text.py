@@ -35,7 +35,9 @@ def parse_json(data: bytes) -> object:
         value: object = json.loads(text, object_pairs_hook=_unique_keys)
     except _RepeatedKeyError as error:
         key = error.args[0][:200]
-        raise JsonInvalidError(f"gives the key {key if key.isprintable() else ascii(key)} twice in one object") from None
+        raise JsonInvalidError(
+            f"gives the key {key if key.isprintable() else ascii(key)} twice in one object"
+        ) from None
     except RecursionError:
         raise JsonInvalidError("nests JSON too deeply") from None
     except ValueError as error:

@@ -89,7 +89,9 @@ class Record:
             "megatron_config": dict(self.megatron_config),
             "digests": {
                 "algorithm": _ALGORITHM,
-                "files": {name: {"bytes": size, "digest": digest} for name, (size, digest) in sorted(self.files.items())},
+                "files": {
+                    name: {"bytes": size, "digest": digest} for name, (size, digest) in sorted(self.files.items())
+                },
                 "chunks": chunks,
             },
             "digest": _BLANK,
@@ -126,9 +128,7 @@ def read_record(folder: Path) -> Record | None:
     escaping = [name for name in record.files if not is_plain_path(name)]
     if escaping:
         what = f"the record names the file {escaping[0][:200]!r}, which is not a plain path inside the checkpoint"
-        raise ShardwayError(
-            Problem(code=Code.PATH_ESCAPES, what=what, file=path, cure="do not trust this checkpoint")
-        )
+        raise ShardwayError(Problem(code=Code.PATH_ESCAPES, what=what, file=path, cure="do not trust this checkpoint"))
     return record
 
 
@@ -150,7 +150,9 @@ def _parse(document: dict[str, Any]) -> Record:
             for tensor, chunks in digests["chunks"].items()
             for start, digest in chunks.items()
         },
-        files={name: FileDigest(_size(file["bytes"]), _text(file["digest"])) for name, file in digests["files"].items()},
+        files={
+            name: FileDigest(_size(file["bytes"]), _text(file["digest"])) for name, file in digests["files"].items()
+        },
     )
 
 

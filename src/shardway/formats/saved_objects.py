@@ -26,7 +26,7 @@ from shardway.formats.pickle_writer import (
     integer,
     real,
 )
-from shardway.formats.pickles import Reference, SavedObject, load_pickle
+from shardway.formats.pickles import Reference, SavedObject, enum_lookup, load_pickle
 from shardway.formats.small_files import read_small_file
 from shardway.formats.zips import (
     Entry,
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 MAX_FILE_BYTES = 256 << 20
 _MAX_DEPTH = 100
+_MAX_MEMBERS = 50_000  # of all sets: whoever chooses numbers can make their hashes collide
 _MAX_VALUES = 10_000_000  # counted as if nothing were shared: what a reader that prints or copies it has to visit
 
 
@@ -149,6 +150,7 @@ class _Archive:
         self._prefix = prefix
         self._file = file
         self._budget = MAX_FILE_BYTES
+        self._num_members = 0
 
     def names(self) -> dict[tuple[str, str], object]:
         """The names whose stand-ins copy."""
@@ -196,7 +198,10 @@ class _Archive:
     def _set(self, items: object = ()) -> set[object]:
         if type(items) is not list or not all(type(item) in (str, int, float, bool, bytes) for item in items):
             raise _bad_call("set")
-        self._charge(64 * len(items))
+        self._num_members += len(items)
+        if self._num_members > _MAX_MEMBERS:
+            raise _invalid(f"its sets have more than {_MAX_MEMBERS:,} members", self._file)
+        self._charge(256)
         return set(items)
 
 
@@ -379,6 +384,10 @@ _RENAMED = {
 _INERT_PACKAGES = ("megatron.", "transformer_engine.", "torch.nn.functional.", "torch._C._nn.")
 
 
+def _is_inert(name: str) -> bool:
+    return name.startswith(_INERT_PACKAGES)
+
+
 def _table() -> dict[tuple[str, str], object]:
     table = {
         (module, name): Reference(f"{module}.{name}") for module, names in _INERT.items() for name in names.split()
@@ -387,6 +396,7 @@ def _table() -> dict[tuple[str, str], object]:
         table |= {(module, name): Reference(f"{module}.{name}", make) for name, make in calls.items()}
     for module, other in _RENAMED.items():
         table |= {(other, name): value for (own, name), value in table.items() if own == module}
+    table |= dict.fromkeys((("builtins", "getattr"), ("__builtin__", "getattr")), enum_lookup(_is_inert))
     for old, new in (("xrange", "range"), ("long", "int"), ("unicode", "str")):
         table[("__builtin__", old)] = table[("builtins", new)]
     return {**tensor_pickles.TENSOR_NAMES, **table}

@@ -313,9 +313,14 @@ def _find_tensors(
     for name in sorted(present & places.keys()):
         fd = os.open(root / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            for _, key, chunk in sorted(places[name]):
+            reached = 0
+            for begin, key, chunk in sorted(places[name]):
                 if len(problems) >= _MAX_PROBLEMS:
                     break
+                if begin < reached:  # a small file could stand for any number of large tensors
+                    what = f"a chunk of {key} lies in bytes that belong to another chunk"
+                    problems.add(Code.METADATA_INVALID, what, tensor=key, file=root / name, cure=_CURE_COPY)
+                reached = begin + chunk.location.length
                 offset = _find_chunk(fd, str(root / name), key, metadata.tensors[key].dtype, chunk, problems)
                 found[key, chunk.start] = Chunk(chunk.start, chunk.size, name, offset)
         finally:

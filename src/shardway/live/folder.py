@@ -128,12 +128,14 @@ class IterationFolder:
         *Ranks*: coordinator.
         """
         path = self._staging(staging)
+        companions = self._read_companions()
         assembly = assemble(
             results,
             iteration=self.iteration,
             content_metadata=self.state.content_metadata,
             tensors=self._kinds(results),
             record=self.record,
+            companions=companions,
         )
         for name, num_bytes in assembly.files.items():
             with failing(f"look for {num_bytes:,} bytes that a rank wrote", path / name):
@@ -150,18 +152,10 @@ class IterationFolder:
                 )
         target = path / _mark(staging, tag)
         directories = {target}
-        for name, contents in assembly.small_files.items():
+        for name, contents in {**assembly.small_files, **companions}.items():
             directories |= _write(target, name, contents, sync=self.sync)
             report(len(contents))
-        for name, source in self.companions.items():
-            if isinstance(source, bytes):
-                contents = source
-            else:
-                with failing("read a file for the hf folder", source):
-                    contents = source.read_bytes()
-            directories |= _write(target, f"{HF_FOLDER}/{name}", contents, sync=self.sync)
-            report(len(contents))
-        belong = [*assembly.files, *assembly.small_files, *([HF_FOLDER] if self.companions else [])]
+        belong = [*assembly.files, *assembly.small_files, *([HF_FOLDER] if companions else [])]
         _write(target, _MANIFEST, json.dumps(belong).encode(), sync=self.sync)
         if self.sync:
             for directory in (*sorted(directories, reverse=True), path):
@@ -255,6 +249,17 @@ class IterationFolder:
                     raise
                 # While this rank had put the old folder aside, another one has put the new one in its place.
                 raise FileNotFoundError(errno.ENOENT, "taken over by another rank", os.fspath(new)) from overtaken
+
+    def _read_companions(self) -> dict[str, bytes]:
+        """Contents of the files that go into ``hf/``, by their names in the iteration folder."""
+        found = {}
+        for name, source in self.companions.items():
+            if isinstance(source, bytes):
+                found[f"{HF_FOLDER}/{name}"] = source
+            else:
+                with failing("read a file for the hf folder", source):
+                    found[f"{HF_FOLDER}/{name}"] = source.read_bytes()
+        return found
 
     def _kinds(self, results: Sequence[WriterResult]) -> Mapping[str, tuple[DType, Shape]]:
         """What must be there: what is known to belong to the model, and all that the ranks brought."""

@@ -15,10 +15,13 @@ _MAX_BYTES = 1 << 30
 
 
 class WrittenFile(NamedTuple):
-    """A file in the staging folder and the bytes that it must have when the checkpoint is published."""
+    """A file in the staging folder, the bytes that it must have when the checkpoint is published, and the xxh3-128 of
+    those of them that are no element of a shard (hexadecimal).
+    """
 
     name: str
     num_bytes: int
+    digest: str
 
 
 class WrittenShard(NamedTuple):
@@ -79,7 +82,7 @@ class WriterResult:
     def from_bytes(cls, data: bytes) -> WriterResult:
         """What `to_bytes` made; for messages between the ranks of one job, not for files from elsewhere."""
         document = json.loads(zlib.decompressobj().decompress(data, _MAX_BYTES))
-        files = tuple(WrittenFile(name, num_bytes) for name, num_bytes in document["files"])
+        files = tuple(WrittenFile(*fields) for fields in document["files"])
 
         def location(place: list[int]) -> DcpLocation:
             number, offset, length = place
