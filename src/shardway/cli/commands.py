@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from shardway.cli.progress import progress_display
-from shardway.cli.text import human_bytes, human_count, plural, table
+from shardway.cli.text import harmless, human_bytes, human_count, plural, table
 
 if TYPE_CHECKING:
     import argparse
@@ -49,7 +49,7 @@ def problem_text(problems: tuple[Problem, ...]) -> str:
         lines.insert(0, f"{len(problems)} problems:")
     if len(problems) > _MOST_PROBLEMS:
         lines.append(f"... and {len(problems) - _MOST_PROBLEMS} more (--json lists all)")
-    return "\n".join(lines)
+    return harmless("\n".join(lines))
 
 
 def _import(chosen: argparse.Namespace) -> int:
@@ -112,7 +112,7 @@ def _print_conversion(verb: str, report: ConversionReport, chosen: argparse.Name
     checked = ", read back and compared" if report.verified else ""
     print(f"  {report.destination}{folder}: {plural(report.num_files, 'file')}, {report.layout} layout{checked}")
     for note in report.notes:
-        print(f"  note: {note}")
+        print(f"  note: {harmless(note)}")
 
 
 def _verify(chosen: argparse.Namespace) -> int:
@@ -187,7 +187,7 @@ def _print_inspection(report: InspectReport, *, tensors: bool) -> None:
         "training state": f"{len(report.training_state):,} entries" if report.training_state else None,
         "files": f"{len(report.files):,} ({human_bytes(sum(report.files.values()))})",
     }
-    print("\n".join(f"{name:<15}{value}" for name, value in facts.items() if value is not None))
+    print(harmless("\n".join(f"{name:<15}{value}" for name, value in facts.items() if value is not None)))
     if tensors:
         rows = [
             (name, str(list(each.shape)), each.dtype, str(each.num_chunks), *([each.sha256] if each.sha256 else []))
@@ -226,7 +226,7 @@ def _print_plan(report: PlanReport) -> None:
         print(table(("", "file", "bytes"), [("", name, f"{num_bytes:,}") for name, num_bytes in files.items()]))
     print(f"disk needed: {human_bytes(report.disk_bytes)}")
     for note in report.notes:
-        print(f"note: {note}")
+        print(f"note: {harmless(note)}")
 
 
 def _families(chosen: argparse.Namespace) -> int:

@@ -26,6 +26,7 @@ from shardway.run.execute import check_apart, execute, preflight
 from shardway.run.progress import Meter
 from shardway.run.publish import Staging
 from shardway.verification.compare import check_readable, compare_plan, compare_streams
+from shardway.verification.integrity import check_small_files
 from shardway.verification.opening import is_model_state
 
 if TYPE_CHECKING:
@@ -143,7 +144,8 @@ def prepare_export(checkpoint: TorchDistCheckpoint, hf: Path | None, target: Pat
         options: What the user chose.
 
     Raises:
-        ShardwayError: `config-missing`, `record-invalid`, and what `map_model` and `plan_export` raise.
+        ShardwayError: `config-missing`, `record-invalid`, `digest-mismatch` for a small file that is not as it was
+            written, and what `map_model` and `plan_export` raise.
     """
     companions = hf or checkpoint.hf_dir
     if companions is None:
@@ -158,6 +160,8 @@ def prepare_export(checkpoint: TorchDistCheckpoint, hf: Path | None, target: Pat
         )
     config, small_files = read_companions(companions)
     record = read_record(checkpoint.root)
+    if record is not None:
+        check_small_files(checkpoint, record, companions=hf is None)
     mapping = map_model(HFConfig(config, str(companions / CONFIG_FILE)), layout_of(checkpoint.catalog.tensors))
     copies = {name: of for name, of in (record.copies if record else {}).items() if mapping.aliases.get(name) == of}
     copied = tuple((file.name, file.name) for file in small_files)

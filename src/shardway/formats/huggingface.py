@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 
 _MAX_CONFIG_BYTES = 16 * 2**20  # the largest on the Hub have some hundred kB
-_MAX_INDEX_BYTES = 200 * 10**6  # 91,000 tensors take 9 MB
+_MAX_INDEX_BYTES = 64 * 2**20  # 91,000 tensors take 9 MB
 _MAX_SMALL_FILE_BYTES = 64 * 2**20  # the largest tokenizers have 35 MB
 _MAX_DEPTH = 3
+_MAX_FILES = 100_000
 _MAX_LISTED = 8  # names in one message
 _INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".distcp", ".npz", ".npy")
@@ -81,9 +82,14 @@ class HuggingFaceCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class _Tree:
-    """The names below the root that are not hidden: regular files with their sizes, links to nowhere, the rest."""
+    """The names below the root that are not hidden: regular files with their sizes, links to nowhere, the rest.
 
+    `outside` are those of the files that are links to somewhere outside of `homes`.
+    """
+
+    homes: tuple[str, ...]
     files: dict[str, int]
+    outside: set[str]
     broken: set[str]
     others: list[str]
 
@@ -139,6 +145,7 @@ def open_huggingface(root: Path) -> HuggingFaceCheckpoint:
         elif written_index is not None:
             _check_other_index(root, headers, written_index, problems)
     small_files, left_out = _sort_out(tree, {*headers, *([INDEX_FILE] if index is not None else [])})
+    problems.extend(_escaping(root, tree, small_files))
     problems.extend(missing_file(root / name) for name in sorted(tree.broken) if _is_carried(name, CONFIG_FILE))
     problems.raise_if_any()
     tensors: dict[str, StoredTensor] = {}
@@ -164,24 +171,28 @@ def read_companions(root: Path) -> tuple[dict[str, object], tuple[SmallFile, ...
         The content of ``config.json``, and the files to carry along, ``config.json`` among them.
 
     Raises:
-        ShardwayError: `not-a-checkpoint`, `config-missing`, `config-invalid`, `file-unreadable`.
+        ShardwayError: `not-a-checkpoint`, `config-missing`, `config-invalid`, `file-unreadable`, `path-escapes`.
     """
     problems = Problems()
     tree = _walk(root, problems)
+    small_files = _sort_out(tree, set())[0]
+    problems.extend(_escaping(root, tree, small_files))
     problems.raise_if_any()
-    return _read_config(root, tree), _sort_out(tree, set())[0]
+    return _read_config(root, tree), small_files
 
 
 def read_small_files(root: Path) -> tuple[SmallFile, ...]:
     """The files of a directory that are no weights, whether or not a model is among them.
 
     Raises:
-        ShardwayError: `not-a-checkpoint` for what is no directory, `file-unreadable`.
+        ShardwayError: `not-a-checkpoint` for what is no directory, `file-unreadable`, `path-escapes`.
     """
     problems = Problems()
     tree = _walk(root, problems)
+    small_files = _sort_out(tree, set())[0]
+    problems.extend(_escaping(root, tree, small_files))
     problems.raise_if_any()
-    return _sort_out(tree, set())[0]
+    return small_files
 
 
 def _walk(root: Path, problems: Problems) -> _Tree:
@@ -194,7 +205,7 @@ def _walk(root: Path, problems: Problems) -> _Tree:
         raise ShardwayError(_not_a_checkpoint(root, "a parent of it is not a directory")) from None
     except (OSError, ValueError) as error:
         raise ShardwayError(unreadable_file(root, error)) from error
-    tree = _Tree({}, set(), [])
+    tree = _Tree(_homes(root), {}, set(), set(), [])
     _walk_into(root, "", 1, tree, problems)
     return tree
 
@@ -206,6 +217,8 @@ def _walk_into(root: Path, parent: str, depth: int, tree: _Tree, problems: Probl
     except OSError as error:
         problems.extend([unreadable_file(root / parent, error)])
         return
+    if len(tree.files) + len(found) > _MAX_FILES:
+        raise ShardwayError(_not_a_checkpoint(root, f"it holds more than {_MAX_FILES:,} files"))
     for entry in found:
         name = parent + entry.name
         try:
@@ -218,10 +231,34 @@ def _walk_into(root: Path, parent: str, depth: int, tree: _Tree, problems: Probl
             continue
         if stat.S_ISREG(status.st_mode):
             tree.files[name] = status.st_size
+            if entry.is_symlink() and not os.path.realpath(entry.path).startswith(tree.homes):
+                tree.outside.add(name)
         elif stat.S_ISDIR(status.st_mode) and depth < _MAX_DEPTH and not entry.is_symlink():
             _walk_into(root, name + "/", depth + 1, tree, problems)
         else:
             tree.others.append(name + "/" * stat.S_ISDIR(status.st_mode))
+
+
+def _homes(root: Path) -> tuple[str, ...]:
+    """Where links may lead: inside of the directory, or to the blobs of the Hub's cache that it is a snapshot in."""
+    real = os.path.realpath(root)
+    model, _, name = os.path.dirname(real).rpartition("/")
+    return (os.path.join(real, ""), *([f"{model}/blobs/"] if name == "snapshots" else []))
+
+
+def _escaping(root: Path, tree: _Tree, small_files: Iterable[SmallFile]) -> list[Problem]:
+    """Files to be carried along that are links out of the directory: their contents could be anything of the user's."""
+    return [
+        Problem(
+            code=Code.PATH_ESCAPES,
+            what=f"{printable(file.name)} is a link to {printable(os.path.realpath(root / file.name))}",
+            file=root / file.name,
+            facts=("files beside the weights are copied as they are, so links out of the directory are not followed",),
+            cure="if you trust it, put a copy of the file in the place of the link",
+        )
+        for file in small_files
+        if file.name in tree.outside
+    ]
 
 
 def _not_a_checkpoint(root: Path, why: str) -> Problem:

@@ -148,10 +148,20 @@ def _open(root: Path, wanted: Callable[[str], bool] | None) -> TorchDistCheckpoi
         common=common,
         content_metadata=_string_keyed(content) if isinstance(content, dict) else {},
         common_form=form,
-        hf_dir=root / "hf" if (root / "hf").is_dir() else None,
+        hf_dir=_hf_dir(root),
         files=files,
         metadata=metadata,
     )
+
+
+def _hf_dir(root: Path) -> Path | None:
+    """The folder ``hf``; what is in it will be copied as it is, so it must not be a link to somewhere else."""
+    path = root / "hf"
+    if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
+        what = f"{path.name} is a link to {path.resolve()}, outside of the checkpoint"
+        cure = "if you trust it, put a copy of the directory in the place of the link"
+        raise ShardwayError(Problem(code=Code.PATH_ESCAPES, what=what, file=path, cure=cure))
+    return path if path.is_dir() else None
 
 
 def metadata_json() -> bytes:

@@ -15,8 +15,12 @@ _MAX_BYTES = 1 << 30
 
 
 class WrittenFile(NamedTuple):
-    """A file in the staging folder, the bytes that it must have when the checkpoint is published, and the xxh3-128 of
-    those of them that are no element of a shard (hexadecimal).
+    """A file in the staging folder.
+
+    Attributes:
+        name: Its name.
+        num_bytes: Bytes that it must have when the checkpoint is published.
+        digest: xxh3-128 (hexadecimal) of those of its bytes that are no shard's elements.
     """
 
     name: str

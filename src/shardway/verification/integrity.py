@@ -7,7 +7,6 @@ import os
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import xxhash
@@ -31,9 +30,11 @@ from shardway.run.files import Files
 from shardway.run.mover import digest_mismatch
 from shardway.run.progress import Meter
 from shardway.verification.opening import is_megatron
+from shardway.verification.recording import digest_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Sequence
+    from pathlib import Path
 
     from shardway.core.dtypes import DType
     from shardway.core.tensors import Shape
@@ -96,7 +97,7 @@ def check_recorded(path: Path, num_workers: int, progress: Callable[[Progress], 
     problems, blobs, num_tensors = _read_metadata(folder, metadata, record)
     trusted = not problems
     if path != folder:
-        problems += _root_problems(path, folder)
+        problems += _root_problems(path, folder, record)
     names = [name for name in record.files if name != METADATA_FILE and (trusted or not name.endswith(".distcp"))]
     meter = Meter("verify", sum(record.files[name].num_bytes for name in names), progress)
     checker = _Checker(folder, record, blobs, meter.advance)
@@ -232,7 +233,7 @@ def _read_metadata(
     return problems, blobs, len(metadata.tensors)
 
 
-def _root_problems(root: Path, folder: Path) -> list[Problem]:
+def _root_problems(root: Path, folder: Path, record: Record) -> list[Problem]:
     """What is wrong beside the iteration folder that the tracker names."""
     problems = []
     tracker, latest = root / TRACKER, root / LATEST_TRAIN_STATE
@@ -240,10 +241,15 @@ def _root_problems(root: Path, folder: Path) -> list[Problem]:
     if read_small_file(tracker, 4096).strip() != tracker_text(iteration):
         what = f"{TRACKER} names {folder.name} in an odd way"
         problems.append(Problem(code=Code.DIGEST_MISMATCH, what=what, file=tracker, cure=_CURE))
-    states = [read_small_file(path, _MAX_STATE_BYTES) for path in (latest, folder / TRAIN_STATE) if path.exists()]
-    if len(states) == 2 and states[0] != states[1]:
-        what = f"{LATEST_TRAIN_STATE} is no copy of {folder.name}/{TRAIN_STATE}"
-        problems.append(Problem(code=Code.DIGEST_MISMATCH, what=what, file=latest, cure=_CURE))
+    expected = record.files.get(TRAIN_STATE)
+    if expected is None:
+        return problems
+    try:
+        if digest_bytes(read_small_file(latest, _MAX_STATE_BYTES)) != expected:
+            what = f"{LATEST_TRAIN_STATE} is no copy of what was written to {folder.name}/{TRAIN_STATE}"
+            problems.append(Problem(code=Code.DIGEST_MISMATCH, what=what, file=latest, cure=_CURE))
+    except ShardwayError as error:
+        problems += error.problems
     return problems
 
 
@@ -343,8 +349,8 @@ def _broken_frame(path: Path, blob: _Blob) -> Problem:
         tensor=blob.tensor,
         file=path,
         facts=(
-            f"chunk from {list(blob.start)} of extent {list(blob.size)}, framed by bytes {blob.offset:,} to "
-            f"{blob.offset + blob.length:,} of the file",
+            f"chunk from {list(blob.start)} of extent {list(blob.size)}",
+            f"with what is around it, bytes {blob.offset:,} to {blob.offset + blob.length:,} of the file",
         ),
         cure=_CURE,
     )

@@ -1,4 +1,4 @@
-"""Verifying that two checkpoints, of any kinds, hold the same tensors bit for bit, or that one is as it was recorded."""
+"""Verifying that two checkpoints of any kinds hold the same tensors, or that one is as it was recorded: bit for bit."""
 
 from __future__ import annotations
 

@@ -246,8 +246,8 @@ def test_index_invalid(root: Path, content: str, said: str) -> None:
 
 
 def test_index_too_big(sharded: Path) -> None:
-    os.truncate(sharded / INDEX, 200_000_001)
-    only_problem(sharded, Code.INDEX_INVALID, "200000001 bytes; at most 200000000")
+    os.truncate(sharded / INDEX, 2**26 + 1)
+    only_problem(sharded, Code.INDEX_INVALID, "67108865 bytes; at most 67108864")
 
 
 @pytest.mark.parametrize(
