@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
 
@@ -23,6 +23,11 @@ class Case(NamedTuple):
     code: str
     spoil: Callable[[Path], object]
     commands: tuple[str, ...]
+
+
+def cases(code: str, commands: tuple[str, ...], spoils: Mapping[str, Callable[[Path], object]]) -> list[Case]:
+    """Members of the corpus that are refused alike."""
+    return [Case(name, code, spoil, commands) for name, spoil in spoils.items()]
 
 
 def overwrite(name: str, content: bytes) -> Callable[[Path], object]:

@@ -6,11 +6,11 @@ import io
 import os
 import struct
 import zipfile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 from tests.conformance.malformed.attacks import ATTACKS, BOMBS
-from tests.conformance.malformed.case import Case, link_out, overwrite
+from tests.conformance.malformed.case import Case, cases, link_out, overwrite
 from tests.conformance.malformed.huggingface import BRACKETS, document, pipe
 
 from shardway.core.dtypes import FLOAT32
@@ -21,7 +21,7 @@ from shardway.formats.torch_file import tensor_blob_frame
 from shardway.formats.zips import central_entry, directory_end, local_entry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from shardway.core.tensors import Shape
@@ -63,18 +63,18 @@ def metadata(change: Callable[[DcpMetadata], DcpMetadata]) -> Callable[[Path], o
     return spoil
 
 
-def chunks(key: str, change: Callable[[tuple[DcpChunk, ...]], object]) -> Callable[[Path], object]:
+def chunks(key: str, change: Callable[[tuple[DcpChunk, ...]], Sequence[DcpChunk]]) -> Callable[[Path], object]:
     """Changes the chunks of a tensor in .metadata."""
 
     def edit(found: DcpMetadata) -> DcpMetadata:
         tensor = found.tensors[key]
-        changed = tensor._replace(chunks=tuple(change(tensor.chunks)))  # type: ignore[call-overload]
+        changed = tensor._replace(chunks=tuple(change(tensor.chunks)))
         return DcpMetadata(tensors={**found.tensors, key: changed}, objects=found.objects)
 
     return metadata(edit)
 
 
-def place(**fields: object) -> Callable[[Path], object]:
+def place(**fields: Any) -> Callable[[Path], object]:
     """Changes where the only chunk of the last norm is said to lie."""
     return chunks(NORM, lambda found: [found[0]._replace(location=found[0].location._replace(**fields))])
 
@@ -187,214 +187,206 @@ _COMMON = {
     for name, (_, code) in ATTACKS.items()
 }
 _TENSORS = {f"a chunk: {name}": norm(PROTOCOL + code + b".") for name, (_, code) in ATTACKS.items()}
-_MOVED = ((1, 0, 0), (1, 6, 8))
 
-CASES = tuple(
-    Case(name, code, spoil, commands)
-    for code, commands, spoils in (
-        (
-            "pickle-invalid",
-            READERS,
-            {
-                "an empty .metadata": overwrite(".metadata", b""),
-                "a .metadata of zeros": overwrite(".metadata", bytes(4096)),
-                "a .metadata cut short": lambda folder: os.truncate(folder / ".metadata", 1000),
-                "a .metadata and more": lambda folder: (folder / ".metadata").write_bytes(
-                    (folder / ".metadata").read_bytes() + b"N."
-                ),
-                "a .metadata of protocol 9": overwrite(".metadata", b"\x80\x09N."),
-                "a shape of 65 axes": shape((1,) * 65),
-                "a negative shape": shape((-8,)),
-                "a .metadata in text": overwrite(".metadata", b"(lp0\nS'a'\np1\na."),
-                **{
-                    f"a .metadata: {name}": overwrite(".metadata", PROTOCOL + bomb + b".")
-                    for name, (code, bomb) in BOMBS.items()
-                    if code == "pickle-invalid"
-                },
+CASES: tuple[Case, ...] = (
+    *cases(
+        "pickle-invalid",
+        READERS,
+        {
+            "an empty .metadata": overwrite(".metadata", b""),
+            "a .metadata of zeros": overwrite(".metadata", bytes(4096)),
+            "a .metadata cut short": lambda folder: os.truncate(folder / ".metadata", 1000),
+            "a .metadata and more": lambda folder: (folder / ".metadata").write_bytes(
+                (folder / ".metadata").read_bytes() + b"N."
+            ),
+            "a .metadata of protocol 9": overwrite(".metadata", b"\x80\x09N."),
+            "a shape of 65 axes": shape((1,) * 65),
+            "a negative shape": shape((-8,)),
+            "a .metadata in text": overwrite(".metadata", b"(lp0\nS'a'\np1\na."),
+            **{
+                f"a .metadata: {name}": overwrite(".metadata", PROTOCOL + bomb + b".")
+                for name, (code, bomb) in BOMBS.items()
+                if code == "pickle-invalid"
             },
-        ),
-        ("pickle-forbidden", READERS, _PICKLED | _COMMON | _TENSORS),
-        (
-            "metadata-invalid",
-            READERS,
-            {
-                "a .metadata that is a dict": overwrite(".metadata", PROTOCOL + b"}."),
-                "a .metadata that is deep": overwrite(".metadata", PROTOCOL + b"]" * 100_000 + b"a" * 99_999 + b"."),
-                "a .metadata of doubling tuples": overwrite(
-                    ".metadata", PROTOCOL + BOMBS["tuples that double"][1] + b"."
-                ),
-                "an impossible shape": shape((2**62, 2**62)),
-                "a key with escape codes": also("\x1b[2J", DcpTensor(FLOAT32, (), ())),
-                "a key of 5,000 letters": also("k" * 5000, DcpTensor(FLOAT32, (), ())),
-                "a chunk listed twice": chunks(FC1, lambda found: (*found, found[0])),
-                "a negative offset": place(offset=-1),
-                "an offset beyond 2**63": place(offset=2**63),
-                "two chunks in the same bytes": chunks(
-                    FC1, lambda found: (found[0], found[1]._replace(location=found[0].location), *found[2:])
-                ),
-                "metadata.json that is no JSON": overwrite("metadata.json", b"torch_dist"),
-                "metadata.json with a key twice": overwrite(
-                    "metadata.json", b'{"sharded_backend": "zarr", "sharded_backend": "torch_dist"}'
-                ),
-                "metadata.json without a backend": overwrite("metadata.json", b"{}"),
-                "metadata.json nested deeply": overwrite("metadata.json", b"[" * 100_000),
-                "metadata.json of brackets": overwrite("metadata.json", BRACKETS[:1_000_000]),
-                "a common.pt that is a list": overwrite("common.pt", write_torch_file([1])),
+        },
+    ),
+    *cases("pickle-forbidden", READERS, _PICKLED | _COMMON | _TENSORS),
+    *cases(
+        "metadata-invalid",
+        READERS,
+        {
+            "a .metadata that is a dict": overwrite(".metadata", PROTOCOL + b"}."),
+            "a .metadata that is deep": overwrite(".metadata", PROTOCOL + b"]" * 100_000 + b"a" * 99_999 + b"."),
+            "a .metadata of doubling tuples": overwrite(".metadata", PROTOCOL + BOMBS["tuples that double"][1] + b"."),
+            "an impossible shape": shape((2**62, 2**62)),
+            "a key with escape codes": also("\x1b[2J", DcpTensor(FLOAT32, (), ())),
+            "a key of 5,000 letters": also("k" * 5000, DcpTensor(FLOAT32, (), ())),
+            "a chunk listed twice": chunks(FC1, lambda found: (*found, found[0])),
+            "a negative offset": place(offset=-1),
+            "an offset beyond 2**63": place(offset=2**63),
+            "two chunks in the same bytes": chunks(
+                FC1, lambda found: (found[0], found[1]._replace(location=found[0].location), *found[2:])
+            ),
+            "metadata.json that is no JSON": overwrite("metadata.json", b"torch_dist"),
+            "metadata.json with a key twice": overwrite(
+                "metadata.json", b'{"sharded_backend": "zarr", "sharded_backend": "torch_dist"}'
+            ),
+            "metadata.json without a backend": overwrite("metadata.json", b"{}"),
+            "metadata.json nested deeply": overwrite("metadata.json", b"[" * 100_000),
+            "metadata.json of brackets": overwrite("metadata.json", BRACKETS[:1_000_000]),
+            "a common.pt that is a list": overwrite("common.pt", write_torch_file([1])),
+        },
+    ),
+    *cases("metadata-invalid", READERS, {"chunks too entangled to be proven": written_entangled}),
+    *cases(
+        "backend-unsupported",
+        READERS,
+        {"another backend": overwrite("metadata.json", b'{"sharded_backend": "zarr"}')},
+    ),
+    *cases(
+        "chunk-out-of-bounds",
+        READERS,
+        {
+            "a chunk outside of its tensor": shape((4,)),
+            "a chunk of another rank": shape((4, 2)),
+            "a chunk that wraps around": chunks(NORM, lambda found: [found[0]._replace(start=(2**63 - 1,))]),
+        },
+    ),
+    *cases(
+        "chunk-overlap",
+        READERS,
+        {"chunks that overlap": chunks(FC1, lambda found: (found[0], found[1]._replace(start=(0, 3, 0)), *found[2:]))},
+    ),
+    *cases("chunk-hole", READERS, {"a chunk that is not there": chunks(FC1, lambda found: found[1:])}),
+    *cases(
+        "path-escapes",
+        READERS,
+        {
+            "a chunk in an absolute path": place(file="/etc/passwd"),
+            "a chunk above the folder": place(file="../../secret"),
+            "a chunk above, within": place(file="a/../../secret"),
+            "a chunk behind a backslash": place(file="..\\secret"),
+            "a chunk on a drive": place(file="C:secret"),
+            "a chunk with a zero byte": place(file="a\0b"),
+            "a chunk in an empty name": place(file=""),
+            "hf that is a link out": link_out("hf"),
+        },
+    ),
+    *cases("path-escapes", EXPORT, {"a tokenizer in hf that is a link out": link_out("hf/tokenizer.json")}),
+    *cases("file-missing", READERS, {"a chunk in a file that is not there": place(file="__9_9.distcp")}),
+    *cases(
+        "distcp-truncated",
+        READERS,
+        {
+            "a chunk of exabytes": place(length=2**62),
+            "a chunk beyond its file": place(offset=2**40),
+            "an empty .distcp": overwrite(DISTCP, b""),
+            "a .distcp cut short": lambda folder: os.truncate(folder / DISTCP, (folder / DISTCP).stat().st_size - 1),
+        },
+    ),
+    *cases(
+        "torch-file-invalid",
+        READERS,
+        {
+            "a .distcp of zeros": lambda folder: (folder / DISTCP).write_bytes(bytes((folder / DISTCP).stat().st_size)),
+            "a chunk of ten bytes": place(length=10),
+            "a chunk of no bytes": place(length=0),
+            "a chunk that is compressed": blob(compressed(SCALE)),
+            "a chunk with thousands of entries": blob(archive(*((b"a/%d" % k, b"") for k in range(3000)))),
+            "a chunk without a pickle": blob(archive((b"a/data/0", bytes(16)))),
+            "a chunk whose storage is too short": norm(SCALE, bytes(12)),
+            "a chunk whose storage is said to be huge": norm(
+                SCALE.replace(b"K\x04tQ", b"\x8a\x08" + struct.pack("<q", 2**60) + b"tQ")
+            ),
+            "a chunk with two entries of a name": blob(
+                archive((b"a/data.pkl", SCALE), (b"a/data/0", bytes(16)), (b"a/data/0", bytes(16)))
+            ),
+            "a chunk that is no tensor": norm(PROTOCOL + b"]."),
+            "a chunk with odd strides": norm(SCALE.replace(b"(K\x01t", b"(K\x07t")),
+            "a chunk of a big-endian machine": blob(
+                archive((b"a/data.pkl", SCALE), (b"a/byteorder", b"big"), (b"a/data/0", bytes(16)))
+            ),
+            "an empty common.pt": overwrite("common.pt", b""),
+            "a common.pt in the legacy form": overwrite("common.pt", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."),
+            "a common.pt that is compressed": overwrite("common.pt", compressed(PROTOCOL + b"}.")),
+            "a common.pt of a huge pickle": overwrite("common.pt", torch_file(PROTOCOL + bytes(33 << 20))),
+            "a common.pt whose directory lies": overwrite(
+                "common.pt", torch_file(PROTOCOL + b"}.")[:-74] + struct.pack("<2Q", 2**40, 2**40) + bytes(58)
+            ),
+            "a common.pt of the same tensor again and again": overwrite(
+                "common.pt",
+                torch_file(again_and_again(1 << 18, 400), data_0=bytes(1 << 20)),
+            ),
+            **{
+                f"a common.pt: {name}": overwrite("common.pt", torch_file(PROTOCOL + bomb + b"."))
+                for name, (code, bomb) in BOMBS.items()
+                if code == "torch-file-invalid"
             },
-        ),
-        ("metadata-invalid", READERS, {"chunks too entangled to be proven": written_entangled}),
-        (
-            "backend-unsupported",
-            READERS,
-            {"another backend": overwrite("metadata.json", b'{"sharded_backend": "zarr"}')},
-        ),
-        (
-            "chunk-out-of-bounds",
-            READERS,
-            {
-                "a chunk outside of its tensor": shape((4,)),
-                "a chunk of another rank": shape((4, 2)),
-                "a chunk that wraps around": chunks(NORM, lambda found: [found[0]._replace(start=(2**63 - 1,))]),
+        },
+    ),
+    *cases(
+        "pickle-invalid",
+        READERS,
+        {
+            "a common.pt of an empty pickle": overwrite("common.pt", torch_file(b"")),
+            **{
+                f"a common.pt: {name}": overwrite("common.pt", torch_file(PROTOCOL + bomb + b"."))
+                for name, (code, bomb) in BOMBS.items()
+                if code == "pickle-invalid"
             },
-        ),
-        ("chunk-hole", READERS, {"a chunk that is not there": chunks(FC1, lambda found: found[1:])}),
-        (
-            "path-escapes",
-            READERS,
-            {
-                "a chunk in an absolute path": place(file="/etc/passwd"),
-                "a chunk above the folder": place(file="../../secret"),
-                "a chunk above, within": place(file="a/../../secret"),
-                "a chunk behind a backslash": place(file="..\\secret"),
-                "a chunk on a drive": place(file="C:secret"),
-                "a chunk with a zero byte": place(file="a\0b"),
-                "a chunk in an empty name": place(file=""),
-                "hf that is a link out": link_out("hf"),
-            },
-        ),
-        ("path-escapes", EXPORT, {"a tokenizer in hf that is a link out": link_out("hf/tokenizer.json")}),
-        ("file-missing", READERS, {"a chunk in a file that is not there": place(file="__9_9.distcp")}),
-        (
-            "distcp-truncated",
-            READERS,
-            {
-                "a chunk of exabytes": place(length=2**62),
-                "a chunk beyond its file": place(offset=2**40),
-                "an empty .distcp": overwrite(DISTCP, b""),
-                "a .distcp cut short": lambda folder: os.truncate(
-                    folder / DISTCP, (folder / DISTCP).stat().st_size - 1
-                ),
-            },
-        ),
-        (
-            "torch-file-invalid",
-            READERS,
-            {
-                "a .distcp of zeros": lambda folder: (folder / DISTCP).write_bytes(
-                    bytes((folder / DISTCP).stat().st_size)
-                ),
-                "a chunk of ten bytes": place(length=10),
-                "a chunk of no bytes": place(length=0),
-                "a chunk that is compressed": blob(compressed(SCALE)),
-                "a chunk with thousands of entries": blob(archive(*((b"a/%d" % k, b"") for k in range(3000)))),
-                "a chunk without a pickle": blob(archive((b"a/data/0", bytes(16)))),
-                "a chunk whose storage is too short": norm(SCALE, bytes(12)),
-                "a chunk whose storage is said to be huge": norm(
-                    SCALE.replace(b"K\x04tQ", b"\x8a\x08" + struct.pack("<q", 2**60) + b"tQ")
-                ),
-                "a chunk with two entries of a name": blob(
-                    archive((b"a/data.pkl", SCALE), (b"a/data/0", bytes(16)), (b"a/data/0", bytes(16)))
-                ),
-                "a chunk that is no tensor": norm(PROTOCOL + b"]."),
-                "a chunk with odd strides": norm(SCALE.replace(b"(K\x01t", b"(K\x07t")),
-                "a chunk of a big-endian machine": blob(
-                    archive((b"a/data.pkl", SCALE), (b"a/byteorder", b"big"), (b"a/data/0", bytes(16)))
-                ),
-                "an empty common.pt": overwrite("common.pt", b""),
-                "a common.pt in the legacy form": overwrite("common.pt", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."),
-                "a common.pt that is compressed": overwrite("common.pt", compressed(PROTOCOL + b"}.")),
-                "a common.pt of a huge pickle": overwrite("common.pt", torch_file(PROTOCOL + bytes(33 << 20))),
-                "a common.pt whose directory lies": overwrite(
-                    "common.pt", torch_file(PROTOCOL + b"}.")[:-74] + struct.pack("<2Q", 2**40, 2**40) + bytes(58)
-                ),
-                "a common.pt of the same tensor again and again": overwrite(
-                    "common.pt",
-                    torch_file(again_and_again(1 << 18, 400), data_0=bytes(1 << 20)),
-                ),
-                **{
-                    f"a common.pt: {name}": overwrite("common.pt", torch_file(PROTOCOL + bomb + b"."))
-                    for name, (code, bomb) in BOMBS.items()
-                    if code == "torch-file-invalid"
-                },
-            },
-        ),
-        (
-            "pickle-invalid",
-            READERS,
-            {
-                "a common.pt of an empty pickle": overwrite("common.pt", torch_file(b"")),
-                **{
-                    f"a common.pt: {name}": overwrite("common.pt", torch_file(PROTOCOL + bomb + b"."))
-                    for name, (code, bomb) in BOMBS.items()
-                    if code == "pickle-invalid"
-                },
-            },
-        ),
-        ("shape-mismatch", READERS, {"a chunk of another shape": norm(SCALE)}),
-        (
-            "file-unreadable",
-            READERS,
-            {"metadata.json of 2 MiB": lambda folder: os.truncate(folder / "metadata.json", 2 << 20)},
-        ),
-        (
-            "metadata-missing",
-            READERS,
-            {"a pipe for .metadata": pipe(".metadata"), "a pipe for metadata.json": pipe("metadata.json")},
-        ),
-        ("file-missing", READERS, {"a pipe for a .distcp": pipe(DISTCP)}),
-        (
-            "tracker-invalid",
-            READERS,
-            {
-                "a tracker that climbs": tracker(b"../../etc"),
-                "a tracker of noise": tracker(b"\xff\xfe\x1b[2J"),
-                "a tracker of 1,000 digits": tracker(b"1" * 1000),
-                "a tracker with a sign": tracker(b"-1"),
-                "an empty tracker": tracker(b""),
-            },
-        ),
-        ("file-unreadable", READERS, {"a tracker of a megabyte": tracker(bytes(1 << 20))}),
-        (
-            "record-invalid",
-            ("inspect", "export", "verify"),
-            {
-                "a record that is no JSON": record(lambda data: data[:-3]),
-                "a record with a digit changed": record(lambda data: data.replace(b'"bytes": 1', b'"bytes": 2', 1)),
-                "a record with a key twice": record(lambda data: data.replace(b"{", b'{"format": 2,', 1), signed=True),
-                "a record of another format": record(lambda data: data.replace(b'"format": 2', b'"format": 9')),
-                "a record of brackets": record(lambda data: b'{"a":' + BRACKETS + data[-46:]),
-                "a record of wrong types": record(
-                    lambda data: data.replace(b'"copies": {}', b'"copies": []'), signed=True
-                ),
-                "a record of negative sizes": record(
-                    lambda data: data.replace(b'"bytes": 1', b'"bytes": -1', 1), signed=True
-                ),
-            },
-        ),
-        (
-            "path-escapes",
-            ("inspect", "export", "verify"),
-            {
-                "a record of files above": record(
-                    lambda data: data.replace(b'"common.pt"', b'"../../../etc/passwd"'), signed=True
-                ),
-            },
-        ),
-        (
-            "digest-mismatch",
-            EXPORT,
-            {"a config in hf that was changed": document("hf/config.json", lambda d: d.update(a=1))},
-        ),
-    )
-    for name, spoil in spoils.items()
+        },
+    ),
+    *cases("shape-mismatch", READERS, {"a chunk of another shape": norm(SCALE)}),
+    *cases(
+        "file-unreadable",
+        READERS,
+        {"metadata.json of 2 MiB": lambda folder: os.truncate(folder / "metadata.json", 2 << 20)},
+    ),
+    *cases(
+        "metadata-missing",
+        READERS,
+        {"a pipe for .metadata": pipe(".metadata"), "a pipe for metadata.json": pipe("metadata.json")},
+    ),
+    *cases("file-missing", READERS, {"a pipe for a .distcp": pipe(DISTCP)}),
+    *cases(
+        "tracker-invalid",
+        READERS,
+        {
+            "a tracker that climbs": tracker(b"../../etc"),
+            "a tracker of noise": tracker(b"\xff\xfe\x1b[2J"),
+            "a tracker of 1,000 digits": tracker(b"1" * 1000),
+            "a tracker with a sign": tracker(b"-1"),
+            "an empty tracker": tracker(b""),
+        },
+    ),
+    *cases("file-unreadable", READERS, {"a tracker of a megabyte": tracker(bytes(1 << 20))}),
+    *cases(
+        "record-invalid",
+        ("inspect", "export", "verify"),
+        {
+            "a record that is no JSON": record(lambda data: data[:-3]),
+            "a record with a digit changed": record(lambda data: data.replace(b'"bytes": 1', b'"bytes": 2', 1)),
+            "a record with a key twice": record(lambda data: data.replace(b"{", b'{"format": 2,', 1), signed=True),
+            "a record of another format": record(lambda data: data.replace(b'"format": 2', b'"format": 9')),
+            "a record of brackets": record(lambda data: b'{"a":' + BRACKETS + data[-46:]),
+            "a record of wrong types": record(lambda data: data.replace(b'"copies": {}', b'"copies": []'), signed=True),
+            "a record of negative sizes": record(
+                lambda data: data.replace(b'"bytes": 1', b'"bytes": -1', 1), signed=True
+            ),
+        },
+    ),
+    *cases(
+        "path-escapes",
+        ("inspect", "export", "verify"),
+        {
+            "a record of files above": record(
+                lambda data: data.replace(b'"common.pt"', b'"../../../etc/passwd"'), signed=True
+            ),
+        },
+    ),
+    *cases(
+        "digest-mismatch",
+        EXPORT,
+        {"a config in hf that was changed": document("hf/config.json", lambda value: value.update(a=1))},
+    ),
 )
