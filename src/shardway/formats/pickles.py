@@ -23,7 +23,7 @@ _MAX_ODD_KEYS = 50_000
 # for each byte of a pickle.
 _SETS, _SET_BYTES = b"\x8f\x91", 232
 _OTHERS, _OTHER_BYTES = b"}]\x81\x85\x86\x87", 80
-_MOST_DENSE, _FREE_BYTES = 24, 1 << 24
+_MOST_DENSE, _FREE_BYTES = 16, 1 << 24
 
 
 class Reference:
@@ -102,7 +102,7 @@ def load_pickle(
 
     Opcodes of protocols 2 to 5 build None, bools, integers, floats, strings, bytes, tuples, lists, dicts, sets,
     constants from `allowed`, results of shardway's own functions in `allowed`, and `SavedObject`. Time is linear in the
-    size of `data`, and memory at most about 50 bytes for each of its bytes.
+    size of `data`, and memory at most some 60 bytes for each of its bytes.
 
     Args:
         data: The whole pickle.

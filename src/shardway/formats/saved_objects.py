@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 MAX_FILE_BYTES = 256 << 20
 _MAX_DEPTH = 100
 _MAX_MEMBERS = 50_000  # of all sets: whoever chooses numbers can make their hashes collide
-_MAX_VALUES = 10_000_000  # counted as if nothing were shared: what a reader that prints or copies it has to visit
+_MAX_VALUES = 2_000_000  # counted as if nothing were shared: what a reader that prints or copies it has to visit
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +205,9 @@ class _Archive:
         return set(items)
 
 
+_CONTAINERS = (dict, list, tuple, set, frozenset, SavedObject)
+
+
 def _check_tree(value: object, file: str) -> None:
     """Refuse values that contain themselves, are nested absurdly, or expand to absurd sizes."""
     sizes: dict[int, int] = {}  # values seen, by identity; -1 while their parts are being visited
@@ -228,7 +231,9 @@ def _check_tree(value: object, file: str) -> None:
                 raise _invalid(f"its values are nested more than {_MAX_DEPTH} deep", file)
             sizes[id(item)] = -1
             pending.append((item, True))
-            pending.extend((part, False) for part in parts)
+            pending.extend((part, False) for part in parts if part and isinstance(part, _CONTAINERS))
+            if len(sizes) > _MAX_VALUES:
+                raise _invalid(f"it holds more than {_MAX_VALUES:,} values", file)
 
 
 def _leaf(value: object) -> int:
