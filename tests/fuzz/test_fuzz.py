@@ -73,7 +73,7 @@ from tests.conformance.malformed.attacks import BOMBS
 from tests.fuzz.__main__ import limit_memory
 from tests.fuzz.targets import PROTOCOL, attempt, targets
 
-LENGTH = 4 << 20
+LENGTH = 2 << 20
 OPCODES = (
     b"}", b"]", b"\\x8f", b"(\\x91", b"\\x85", b")\\x81", b"(", b"N", b"}NNN", b"\\x8a\\x02ab", b"\\x8c\\x02ab",
     b"G12345678", b"X\\x04\\0\\0\\0\\xf0\\x9f\\x98\\x80", b"cmegatron.a\\nb\\n", b"ccollections\\nOrderedDict\\n)R",
@@ -100,14 +100,14 @@ def headers():
             yield len(text).to_bytes(8, "little") + text
 
 made = targets(pathlib.Path(sys.argv[1]))
-limit_memory(512 << 20)
+limit_memory(256 << 20)
 for name, inputs in (("pickle", pickles()), ("metadata", pickles()), ("json", texts()), ("safetensors", headers())):
     print(name, len([attempt(made[name], data) for data in inputs]))
 """
 
 
 def test_inputs_made_to_take_memory(tmp_path: Path) -> None:
-    """All of 4 MiB, one after the other, in a process that has half a gigabyte for them."""
+    """All of 2 MiB, one after the other, in a process that has 256 MiB for them."""
     assert run("-c", DENSE, str(tmp_path)).split() == [
         "pickle",
         "34",
