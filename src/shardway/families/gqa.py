@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from shardway.families.family import Field
+from shardway.core.errors import Code, Problem, ShardwayError
+from shardway.families.family import Alias, Field
 from shardway.families.rules import Rule, qkv, rows, same
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
     from shardway.families.config import HFConfig
 
 EMBEDDINGS = (
@@ -82,6 +86,14 @@ GATED_MLP = (
     Rule("decoder.layers.{i}.mlp.linear_fc2.bias", same("model.layers.{i}.mlp.down_proj.bias", "H"), when="mlp_bias"),
 )
 
+
+def dense(rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    """The rules for the dense layers of a model that has others too."""
+    return tuple(replace(rule, when=f"dense {rule.when}".strip()) for rule in rules)
+
+
+TIED_HEAD = Alias(hf="lm_head.weight", of="model.embed_tokens.weight", when="tied")
+
 RULES = (EMBEDDINGS[0], *ATTENTION, *GATED_MLP, *EMBEDDINGS[1:])
 
 FIELDS = (
@@ -111,6 +123,54 @@ NO_PROJ_BIAS = (
 # What megatron-core's rotary embedding holds fixed for Llama 3 scaling (rotary_pos_embedding.py, 0.16.1).
 _LLAMA3_FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _ROPE_TYPES = ("default", "llama3", "linear", "yarn")
+
+
+def dims(config: HFConfig, head_dim: int | None = None) -> dict[str, int]:
+    """The dimensions of a model with grouped-query attention: L, H, F, V, nq, G, r and d.
+
+    Args:
+        config: The model's config.json.
+        head_dim: What an absent ``head_dim`` means; None for hidden size over heads.
+
+    Raises:
+        ShardwayError: `config-invalid` for values that are missing or contradict each other.
+    """
+    hidden, heads = config.count("hidden_size"), config.count("num_attention_heads")
+    groups = config.count("num_key_value_heads", heads)
+    if heads % groups:
+        raise ShardwayError(
+            Problem(
+                code=Code.CONFIG_INVALID,
+                what=f"{heads} attention heads can't be shared evenly by {groups} key-value heads",
+                facts=(f"num_attention_heads {heads} % num_key_value_heads {groups} = {heads % groups}",),
+                file=config.file,
+            )
+        )
+    if head_dim is None and config.get("head_dim") is None:
+        if hidden % heads:
+            raise ShardwayError(
+                Problem(
+                    code=Code.CONFIG_INVALID,
+                    what=f"hidden_size {hidden} is no multiple of {heads} attention heads, and head_dim is missing",
+                    file=config.file,
+                )
+            )
+        head_dim = hidden // heads
+    return {
+        "L": config.count("num_hidden_layers"),
+        "H": hidden,
+        "F": config.count("intermediate_size"),
+        "V": config.count("vocab_size"),
+        "nq": heads,
+        "G": groups,
+        "r": heads // groups,
+        "d": config.count("head_dim", head_dim),
+    }
+
+
+def dims_with(*, head_dim: int) -> Callable[[HFConfig], dict[str, int]]:
+    """`dims` for a family in which an absent ``head_dim`` means this."""
+    return lambda config: dims(config, head_dim)
 
 
 def derived(config: HFConfig) -> dict[str, object]:
@@ -169,11 +229,65 @@ def window(config: HFConfig) -> dict[str, object]:
     return fields if all(windowed) else fields | {"window_attn_skip_freq": windowed}
 
 
+def restore(fields: Mapping[str, object]) -> dict[str, object]:
+    """What config.json has beside dimensions and `FIELDS`; the way back from `derived`."""
+    return {"hidden_act": fields.get("activation_func", "silu")} | restore_rope(fields) | restore_window(fields)
+
+
+def restore_rope(fields: Mapping[str, object]) -> dict[str, object]:
+    """Rotary position parameters in the spelling of released models; the way back from `rope`."""
+    config: dict[str, object] = {"rope_theta": fields.get("rotary_base", 10000.0), "rope_scaling": None}
+    if fields.get("rotary_percent", 1.0) != 1.0:
+        config["partial_rotary_factor"] = fields["rotary_percent"]
+    if fields.get("rope_scaling"):
+        config["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": fields.get("rope_scaling_factor", 8.0),
+            **_LLAMA3_FIXED,
+        }
+    elif fields.get("position_embedding_type") == "yarn":
+        names = {
+            "factor": "yarn_rotary_scaling_factor",
+            "original_max_position_embeddings": "yarn_original_max_position_embeddings",
+            "beta_fast": "yarn_beta_fast",
+            "beta_slow": "yarn_beta_slow",
+            "mscale": "yarn_mscale",
+            "mscale_all_dim": "yarn_mscale_all_dim",
+            "truncate": "yarn_correction_range_round_to_int",
+        }
+        found = {key: fields[name] for key, name in names.items() if fields.get(name) is not None}
+        config["rope_scaling"] = {"rope_type": "yarn", **found}
+    elif fields.get("seq_len_interpolation_factor") is not None:
+        config["rope_scaling"] = {"rope_type": "linear", "factor": fields["seq_len_interpolation_factor"]}
+    return config
+
+
+def restore_window(fields: Mapping[str, object]) -> dict[str, object]:
+    """The attention window; the way back from `window`."""
+    size = fields.get("window_size")
+    if not isinstance(size, list | tuple) or not size or not isinstance(size[0], int):
+        return {"sliding_window": None}
+    config: dict[str, object] = {"sliding_window": size[0] + 1}
+    skips = fields.get("window_attn_skip_freq")
+    if isinstance(skips, list):
+        config["layer_types"] = ["sliding_attention" if windowed else "full_attention" for windowed in skips]
+    return config
+
+
 def caveats(config: HFConfig) -> list[str]:
     """What a Megatron model built from the translated config would do otherwise than transformers, one sentence each.
 
     The weights are carried bit for bit all the same. Found by comparing logits with megatron-core 0.16.1.
     """
+    activation = config.get("hidden_act")
+    found = rope_caveats(config)
+    if activation not in (None, "silu", "swish"):
+        found.append(f"the translated config says silu, but the model's activation is {activation!r}")
+    return found
+
+
+def rope_caveats(config: HFConfig) -> list[str]:
+    """The caveats of rotary positions alone."""
     found = []
     parameters = config.rope
     kind = parameters["rope_type"]
@@ -183,7 +297,4 @@ def caveats(config: HFConfig) -> list[str]:
         other = {key: parameters.get(key, fixed) for key, fixed in _LLAMA3_FIXED.items()}
         if other != _LLAMA3_FIXED:
             found.append(f"megatron-core holds {_LLAMA3_FIXED} fixed for llama3 rotary scaling; this model has {other}")
-    activation = config.get("hidden_act")
-    if activation not in (None, "silu", "swish"):
-        found.append(f"the translated config says silu, but the model's activation is {activation!r}")
     return found

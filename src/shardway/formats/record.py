@@ -54,6 +54,8 @@ class Record:
         source: Fingerprint of the source's files.
         options: What the conversion was told that changes its result.
         copies: Hugging Face tensors that were exact copies of another one, and which.
+        variants: The form that the source was in, where its family knows several.
+        dtypes: Hugging Face tensors that Megatron holds in a wider type than the source did, and the source's type.
         megatron_config: Fields of megatron-core's TransformerConfig and GPTModel.
         digests: xxh3-128 of the bytes of every chunk.
         files: Every file of the iteration folder but the record itself, by its path in the folder.
@@ -65,6 +67,8 @@ class Record:
     source: str
     options: Mapping[str, object]
     copies: Mapping[str, str] = field(default_factory=dict)
+    variants: Mapping[str, bool] = field(default_factory=dict)
+    dtypes: Mapping[str, str] = field(default_factory=dict)
     megatron_config: Mapping[str, object] = field(default_factory=dict)
     digests: ChunkDigests = field(default_factory=dict)
     files: Mapping[str, FileDigest] = field(default_factory=dict)
@@ -86,6 +90,8 @@ class Record:
             "source": self.source,
             "options": dict(self.options),
             "copies": dict(self.copies),
+            "variants": dict(self.variants),
+            "dtypes": dict(self.dtypes),
             "megatron_config": dict(self.megatron_config),
             "digests": {
                 "algorithm": _ALGORITHM,
@@ -144,6 +150,8 @@ def _parse(document: dict[str, Any]) -> Record:
         source=_text(document["source"]),
         options=dict(document["options"]),
         copies={name: _text(of) for name, of in document["copies"].items()},
+        variants={flag: _flag(value) for flag, value in document["variants"].items()},
+        dtypes={name: _text(dtype) for name, dtype in document["dtypes"].items()},
         megatron_config=dict(document["megatron_config"]),
         digests={
             (tensor, tuple(map(int, start.split("."))) if start else ()): _text(digest)
@@ -159,6 +167,12 @@ def _parse(document: dict[str, Any]) -> Record:
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"a {type(value).__name__} in the place of a string")
+    return value
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"a {type(value).__name__} in the place of true or false")
     return value
 
 
