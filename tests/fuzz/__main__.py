@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-NAMES = ("safetensors", "tensor", "torch", "pickle", "metadata", "json", "index", "config", "record")
+NAMES = ("safetensors", "tensor", "torch", "pickle", "metadata", "json", "index", "config", "run_config", "record")
 MEMORY_BYTES = 1 << 30  # what a process may take beyond what it has when it begins; no input is larger than a few MiB
 INPUT_SECONDS = 60  # for one input, on a machine that is busy
 

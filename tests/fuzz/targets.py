@@ -22,6 +22,7 @@ from shardway.formats.dcp import read_metadata
 from shardway.formats.huggingface import CONFIG_FILE, open_huggingface
 from shardway.formats.json_text import JsonInvalidError, parse_json
 from shardway.formats.record import RECORD_FILE, read_record
+from shardway.formats.run_config import RUN_CONFIG, read_run_config
 from shardway.formats.safetensors import read_safetensors
 from shardway.formats.saved_objects import SavedTensor, read_torch_bytes, write_torch_file
 from shardway.formats.torch_dist import train_state_pt
@@ -125,6 +126,13 @@ def targets(folder: Path) -> dict[str, Target]:
         "json": Target(json_text, (index, config, record)),
         "index": Target(lambda data: replaced(scratch.hf, INDEX, data, open_huggingface), (index,)),
         "config": Target(lambda data: replaced(scratch.hf, CONFIG_FILE, data, model), (config,)),
+        "run_config": Target(
+            lambda data: replaced(scratch.megatron, RUN_CONFIG, data, read_run_config),
+            (
+                (scratch.megatron / RUN_CONFIG).read_bytes(),
+                b"a: &a [1, 2]\nb: *a\n? [x]\n: !!python/name:os.system x\n",
+            ),
+        ),
         "record": Target(lambda data: replaced(scratch.megatron, RECORD_FILE, data, read_record), (record,)),
     }
 

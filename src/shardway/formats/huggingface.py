@@ -23,6 +23,7 @@ from shardway.formats.safetensors import (
     unreadable_file,
 )
 from shardway.formats.sharding import INDEX_FILE, SINGLE_FILE
+from shardway.formats.small_files import links_out
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -91,14 +92,9 @@ class HuggingFaceCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class _Tree:
-    """The names below the root that are not hidden: regular files with their sizes, links to nowhere, the rest.
+    """The names below the root that are not hidden: regular files with their sizes, links to nowhere, the rest."""
 
-    `outside` are those of the files that are links to somewhere outside of `homes`.
-    """
-
-    homes: tuple[str, ...]
     files: dict[str, int]
-    outside: set[str]
     broken: set[str]
     others: list[str]
 
@@ -154,7 +150,7 @@ def open_huggingface(root: Path) -> HuggingFaceCheckpoint:
         elif written_index is not None:
             _check_other_index(root, headers, written_index, problems)
     small_files, left_out = _sort_out(tree, {*headers, *([INDEX_FILE] if index is not None else [])})
-    problems.extend(_escaping(root, tree, small_files))
+    problems.extend(links_out(root, [file.name for file in small_files]))
     problems.extend(missing_file(root / name) for name in sorted(tree.broken) if _is_carried(name, CONFIG_FILE))
     problems.raise_if_any()
     tensors: dict[str, StoredTensor] = {}
@@ -185,7 +181,7 @@ def read_companions(root: Path) -> tuple[dict[str, object], tuple[SmallFile, ...
     problems = Problems()
     tree = _walk(root, problems)
     small_files = _sort_out(tree, set())[0]
-    problems.extend(_escaping(root, tree, small_files))
+    problems.extend(links_out(root, [file.name for file in small_files]))
     problems.raise_if_any()
     return _read_config(root, tree), small_files
 
@@ -199,7 +195,7 @@ def read_small_files(root: Path) -> tuple[SmallFile, ...]:
     problems = Problems()
     tree = _walk(root, problems)
     small_files = _sort_out(tree, set())[0]
-    problems.extend(_escaping(root, tree, small_files))
+    problems.extend(links_out(root, [file.name for file in small_files]))
     problems.raise_if_any()
     return small_files
 
@@ -214,7 +210,7 @@ def _walk(root: Path, problems: Problems) -> _Tree:
         raise ShardwayError(_not_a_checkpoint(root, "a parent of it is not a directory")) from None
     except (OSError, ValueError) as error:
         raise ShardwayError(unreadable_file(root, error)) from error
-    tree = _Tree(_homes(root), {}, set(), set(), [])
+    tree = _Tree({}, set(), [])
     _walk_into(root, "", 1, tree, problems)
     return tree
 
@@ -240,34 +236,10 @@ def _walk_into(root: Path, parent: str, depth: int, tree: _Tree, problems: Probl
             continue
         if stat.S_ISREG(status.st_mode):
             tree.files[name] = status.st_size
-            if entry.is_symlink() and not os.path.realpath(entry.path).startswith(tree.homes):
-                tree.outside.add(name)
         elif stat.S_ISDIR(status.st_mode) and depth < _MAX_DEPTH and not entry.is_symlink():
             _walk_into(root, name + "/", depth + 1, tree, problems)
         else:
             tree.others.append(name + "/" * stat.S_ISDIR(status.st_mode))
-
-
-def _homes(root: Path) -> tuple[str, ...]:
-    """Where links may lead: inside of the directory, or to the blobs of the Hub's cache that it is a snapshot in."""
-    real = os.path.realpath(root)
-    model, _, name = os.path.dirname(real).rpartition("/")
-    return (os.path.join(real, ""), *([f"{model}/blobs/"] if name == "snapshots" else []))
-
-
-def _escaping(root: Path, tree: _Tree, small_files: Iterable[SmallFile]) -> list[Problem]:
-    """Files to be carried along that are links out of the directory: their contents could be anything of the user's."""
-    return [
-        Problem(
-            code=Code.PATH_ESCAPES,
-            what=f"{printable(file.name)} is a link to {printable(os.path.realpath(root / file.name))}",
-            file=root / file.name,
-            facts=("files beside the weights are copied as they are, so links out of the directory are not followed",),
-            cure="if you trust it, put a copy of the file in the place of the link",
-        )
-        for file in small_files
-        if file.name in tree.outside
-    ]
 
 
 def _not_a_checkpoint(root: Path, why: str) -> Problem:

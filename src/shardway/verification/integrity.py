@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import random
@@ -33,7 +34,7 @@ from shardway.verification.opening import is_megatron
 from shardway.verification.recording import digest_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterable, Sequence
+    from collections.abc import Callable, Collection, Container, Iterable, Sequence
     from pathlib import Path
 
     from shardway.core.dtypes import DType
@@ -116,26 +117,27 @@ def check_recorded(path: Path, num_workers: int, progress: Callable[[Progress], 
     )
 
 
-def check_small_files(checkpoint: TorchDistCheckpoint, record: Record, *, companions: bool) -> None:
-    """Hold the files of a checkpoint that hold no tensors against its record.
+def check_small_files(checkpoint: TorchDistCheckpoint, record: Record, also: Collection[str]) -> None:
+    """Hold the files from which the tensors are known against the record, and others that are about to be used.
+
+    Files that have been removed since are not missed here.
 
     Args:
         checkpoint: The checkpoint.
         record: Its record.
-        companions: Whether to look at the files in ``hf/`` as well.
+        also: Further files, by their paths in the iteration folder.
 
     Raises:
-        ShardwayError: `digest-mismatch` or `file-missing` for every one that is not as it was written.
+        ShardwayError: `digest-mismatch` for every one that is not as it was written.
     """
-    large = {chunk.location.file for tensor in checkpoint.metadata.tensors.values() for chunk in tensor.chunks}
-    large |= {location.file for location in checkpoint.metadata.objects.values()}
     checker = _Checker(checkpoint.root, record, {}, lambda _: None)
     problems: list[Problem] = []
-    for name in record.files:
-        if name not in large and (companions or not name.startswith("hf/")):
+    for name in (METADATA_FILE, "metadata.json", "common.pt", *also):
+        if name in checkpoint.files and name in record.files:
             problems += checker.check(name)
     if problems:
-        raise ShardwayError(problems)
+        cure = "if it was changed on purpose, pass --hf DIR, a directory with the model's config.json and tokenizer"
+        raise ShardwayError(dataclasses.replace(each, facts=(*each.facts, _CURE), cure=cure) for each in problems)
 
 
 def check_sample(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import struct
 import zipfile
 from typing import TYPE_CHECKING, Any
@@ -174,6 +175,29 @@ def record(change: Callable[[bytes], bytes], *, signed: bool = False) -> Callabl
     return spoil
 
 
+def run_config(content: bytes) -> Callable[[Path], object]:
+    """Changes run_config.yaml, which is read where no config.json is at hand."""
+
+    def spoil(folder: Path) -> None:
+        shutil.rmtree(folder / "hf")
+        (folder / "shardway.json").unlink()
+        (folder / "run_config.yaml").write_bytes(content)
+
+    return spoil
+
+
+def _emptied(folder: Path) -> Path:
+    run_config(b"")(folder)
+    return folder
+
+
+def tokenizer_link(folder: Path) -> None:
+    """Makes a file of Megatron Bridge's tokenizer folder a link out."""
+    run_config((folder / "run_config.yaml").read_bytes())(folder)
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    link_out("tokenizer/tokenizer.json")(folder)
+
+
 def tracker(content: bytes) -> Callable[[Path], object]:
     """Changes the tracker file, which lies above the iteration's folder."""
     return lambda folder: (folder.parent / "latest_checkpointed_iteration.txt").write_bytes(content)
@@ -272,7 +296,43 @@ CASES: tuple[Case, ...] = (
             "hf that is a link out": link_out("hf"),
         },
     ),
-    *cases("path-escapes", EXPORT, {"a tokenizer in hf that is a link out": link_out("hf/tokenizer.json")}),
+    *cases(
+        "path-escapes",
+        EXPORT,
+        {
+            "a tokenizer in hf that is a link out": link_out("hf/tokenizer.json"),
+            "a tokenizer of Megatron Bridge that is a link out": tokenizer_link,
+        },
+    ),
+    *cases(
+        "config-invalid",
+        EXPORT,
+        {
+            "a run_config that is no YAML": run_config(b"model: [1, 2"),
+            "a run_config that is a list": run_config(b"- 1\n- 2\n"),
+            "a run_config with a key twice": run_config(b"model:\n  a: 1\n  a: 2\n"),
+            "a run_config that calls something": run_config(
+                b"model: !!python/object/apply:os.system ['touch executed']"
+            ),
+            "a run_config that names something": run_config(b"model: !!python/name:os.system ''"),
+            "a run_config that laughs": run_config(
+                b"a0: &a0 [x, x]\n" + b"".join(b"a%d: &a%d [*a%d, *a%d]\n" % (k, k, k - 1, k - 1) for k in range(1, 60))
+            ),
+            "a run_config that contains itself": run_config(b"model: &m\n  a: *m\n"),
+            "a run_config that merges": run_config(b"a: &a {x: 1}\nmodel:\n  <<: *a\n"),
+            "a run_config nested deeply": run_config(b"model: " + b"[" * 10_000),
+            "a run_config of many values": run_config(b"model: [" + b"1," * 300_000 + b"1]"),
+            "a run_config that is not UTF-8": run_config(b"model: \xff\xfe\xff"),
+            "a run_config with a zero byte": run_config(b"model: \0"),
+            "a run_config of a number of 5,000 digits": run_config(b"model: " + b"1" * 5000),
+        },
+    ),
+    *cases("config-missing", EXPORT, {"a run_config of nothing that is known": run_config(b"model: {a: 1}\n")}),
+    *cases(
+        "file-unreadable",
+        EXPORT,
+        {"a run_config of 17 MiB": lambda folder: os.truncate(_emptied(folder) / "run_config.yaml", 17 << 20)},
+    ),
     *cases("file-missing", READERS, {"a chunk in a file that is not there": place(file="__9_9.distcp")}),
     *cases(
         "distcp-truncated",
