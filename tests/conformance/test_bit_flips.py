@@ -10,6 +10,7 @@ import pytest
 from tests.tiny import Tiny
 
 import shardway
+from shardway.formats.record import read_record
 from shardway.formats.torch_dist import open_torch_dist
 from shardway.verification.integrity import check_sample
 
@@ -114,6 +115,10 @@ def test_what_is_covered(imported: Checkpoint, saved: Checkpoint) -> None:
     assert {"latest_checkpointed_iteration.txt", "latest_train_state.pt"} < imported.sizes.keys()
     assert len(imported.spans) > 2
     assert len(saved.spans) == 2
+    record = read_record(saved.root / "iter_0000000")
+    assert record is not None
+    assert (record.family, record.architecture, record.source) == (None, None, "live")
+    assert shardway.inspect(saved.root).written_by == record.written_by
     for checkpoint in (imported, saved):
         report = shardway.verify(checkpoint.root)
         assert report.equal
