@@ -6,7 +6,7 @@ import json
 
 # A container costs about 80 bytes of memory and as few as two of text. Real files have one in every ten or more.
 _BYTES_PER_CONTAINER = 5
-_FREE_CONTAINERS = 100_000
+_FREE_CONTAINERS = 200_000
 
 
 class JsonInvalidError(Exception):
@@ -49,7 +49,7 @@ def check_density(data: bytes) -> None:
     """Refuse a JSON text of so many lists and objects that they would take far more memory than the text.
 
     Raises:
-        JsonInvalidError: If there are more than one for every 5 bytes, and more than 100,000.
+        JsonInvalidError: If there are more than one for every 5 bytes, and more than 200,000.
     """
     if data.count(b"[") + data.count(b"{") > len(data) // _BYTES_PER_CONTAINER + _FREE_CONTAINERS:
         raise JsonInvalidError("consists of little but brackets")

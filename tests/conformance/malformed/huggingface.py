@@ -17,8 +17,8 @@ INDEX = "model.safetensors.index.json"
 FIRST = "model.embed_tokens.weight"
 READERS = ("inspect", "import", "plan")
 PLANNERS = ("import", "plan")
-# Four bytes of text for each hundred of memory.
-BRACKETS = b"[" + b"[]," * 400_000 + b"[]]"
+# Three bytes of text for every hundred of memory.
+BRACKETS = b"[" + b"[]," * 600_000 + b"[]]"
 
 
 def split(path: Path) -> tuple[bytes, bytes]:
