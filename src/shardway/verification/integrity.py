@@ -24,7 +24,7 @@ from shardway.formats.iterations import (
     tracker_text,
 )
 from shardway.formats.record import RECORD_FILE, read_record
-from shardway.formats.safetensors import missing_file, unreadable_file
+from shardway.formats.safetensors import missing_file
 from shardway.formats.small_files import read_small_file
 from shardway.formats.torch_file import read_tensor_blob, tensor_blob_frame
 from shardway.run.files import Files
@@ -128,7 +128,7 @@ def check_small_files(checkpoint: TorchDistCheckpoint, record: Record, also: Col
         also: Further files, by their paths in the iteration folder.
 
     Raises:
-        ShardwayError: `digest-mismatch` for every one that is not as it was written.
+        ShardwayError: `digest-mismatch` for every one that is not as it was written, `io-failed`.
     """
     checker = _Checker(checkpoint.root, record, {}, lambda _: None)
     problems: list[Problem] = []
@@ -137,7 +137,12 @@ def check_small_files(checkpoint: TorchDistCheckpoint, record: Record, also: Col
             problems += checker.check(name)
     if problems:
         cure = "if it was changed on purpose, pass --hf DIR, a directory with the model's config.json and tokenizer"
-        raise ShardwayError(dataclasses.replace(each, facts=(*each.facts, _CURE), cure=cure) for each in problems)
+        raise ShardwayError(
+            dataclasses.replace(each, facts=(*each.facts, _CURE), cure=cure)
+            if each.code is Code.DIGEST_MISMATCH
+            else each
+            for each in problems
+        )
 
 
 def check_sample(
@@ -284,7 +289,8 @@ class _Checker:
         except FileNotFoundError:
             return [missing_file(path)]
         except OSError as error:
-            return [unreadable_file(path, error)]
+            what = f"cannot read {name}: {error.strerror or error}"
+            return [Problem(code=Code.IO_FAILED, what=what, file=path, cure="look at the filesystem")]
 
     def _read(self, path: Path, descriptor: int, recorded: FileDigest, blobs: Sequence[_Blob]) -> list[Problem]:
         """Read a file from its first byte to its last: elements of chunks to digests of their own, the rest to one."""
