@@ -134,15 +134,19 @@ def check_small_files(checkpoint: TorchDistCheckpoint, record: Record, also: Col
     problems: list[Problem] = []
     for name in (METADATA_FILE, "metadata.json", "common.pt", *also):
         if name in checkpoint.files and name in record.files:
-            problems += checker.check(name)
+            found = checker.check(name)
+            problems += map(_changed_on_purpose, found) if name in also else found
     if problems:
-        cure = "if it was changed on purpose, pass --hf DIR, a directory with the model's config.json and tokenizer"
-        raise ShardwayError(
-            dataclasses.replace(each, facts=(*each.facts, _CURE), cure=cure)
-            if each.code is Code.DIGEST_MISMATCH
-            else each
-            for each in problems
-        )
+        raise ShardwayError(problems)
+
+
+def _changed_on_purpose(problem: Problem) -> Problem:
+    if problem.code is not Code.DIGEST_MISMATCH:
+        return problem
+    cure = (
+        f"{_CURE}; if it was changed on purpose, pass --hf DIR, a directory with the model's config.json and tokenizer"
+    )
+    return dataclasses.replace(problem, cure=cure)
 
 
 def check_sample(
