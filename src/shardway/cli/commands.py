@@ -31,6 +31,7 @@ def run(chosen: argparse.Namespace) -> int:
         "verify": _verify,
         "inspect": _inspect,
         "plan": _plan,
+        "clean": _clean,
         "families": _families,
     }[chosen.command](chosen)
 
@@ -114,6 +115,8 @@ def _print_conversion(verb: str, report: ConversionReport, chosen: argparse.Name
     )
     checked = ", read back and compared" if report.verified else ""
     print(f"  {report.destination}{folder}: {plural(report.num_files, 'file')}, {report.layout} layout{checked}")
+    if report.resumed:
+        print(f"  {plural(report.resumed, 'file')} of an earlier run that was killed were found whole and kept")
     for note in report.notes:
         print(f"  note: {harmless(note)}")
 
@@ -230,6 +233,25 @@ def _print_plan(report: PlanReport) -> None:
     print(f"disk needed: {human_bytes(report.disk_bytes)}")
     for note in report.notes:
         print(f"note: {harmless(note)}")
+
+
+def _clean(chosen: argparse.Namespace) -> int:
+    from shardway.run.cleaning import clean
+
+    with progress_display(quiet=chosen.quiet) as progress:
+        report = clean(chosen.path, progress=progress)
+    if chosen.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    elif not chosen.quiet:
+        for each in report.restored:
+            print(f"put back {each}: it had been put aside to be replaced")
+        for left in report.removed:
+            print(f"removed {left.path} ({human_bytes(left.num_bytes)}): {left.why}")
+        for left in report.kept:
+            print(f"kept {left.path} ({human_bytes(left.num_bytes)}): {left.why}")
+        if not (report.restored or report.removed or report.kept):
+            print(f"nothing was left of {chosen.path}")
+    return 0
 
 
 def _families(chosen: argparse.Namespace) -> int:

@@ -124,6 +124,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_shard_size(command)
     _add_output(command)
 
+    command = _command(commands, "clean", "remove what killed runs have left of a destination; never a checkpoint")
+    command.add_argument("path", metavar="PATH", help="a destination of import, export or a live save, there or not")
+    _add_output(command)
+
     command = _command(commands, "families", "the architectures that are supported")
     command.add_argument("--json", action="store_true", help="print JSON")
     return parser

@@ -58,6 +58,8 @@ class Code(enum.StrEnum):
     DESTINATION_EXISTS = "destination-exists"
     DESTINATION_UNWRITABLE = "destination-unwritable"
     DESTINATION_INSIDE_SOURCE = "destination-inside-source"
+    DESTINATION_BUSY = "destination-busy"
+    LEASE_LOST = "lease-lost"
     NO_SPACE = "no-space"
     # Live saves
     SAVE_DISAGREES = "save-disagrees"

@@ -126,6 +126,21 @@ def open_huggingface(root: Path) -> HuggingFaceCheckpoint:
             and whatever `read_safetensors` finds; the problems of all files at once.
     """
     problems = Problems()
+    found = survey_huggingface(root, problems)
+    problems.raise_if_any()
+    return found
+
+
+def survey_huggingface(root: Path, problems: Problems) -> HuggingFaceCheckpoint:
+    """What `open_huggingface` finds where it would raise: all that can be read, and every problem of the rest.
+
+    Args:
+        root: The directory.
+        problems: Gets what is wrong with it; nothing that is returned can be relied on when it gets anything.
+
+    Raises:
+        ShardwayError: `not-a-checkpoint`.
+    """
     tree = _walk(root, problems)
     if CONFIG_FILE not in tree.names and (_is_megatron(root) or not tree.top_level(*_NOT_CARRIED)):
         raise ShardwayError(_not_a_checkpoint(root, "it has neither config.json nor weights"))
@@ -152,7 +167,6 @@ def open_huggingface(root: Path) -> HuggingFaceCheckpoint:
     small_files, left_out = _sort_out(tree, {*headers, *([INDEX_FILE] if index is not None else [])})
     problems.extend(links_out(root, [file.name for file in small_files]))
     problems.extend(missing_file(root / name) for name in sorted(tree.broken) if _is_carried(name, CONFIG_FILE))
-    problems.raise_if_any()
     tensors: dict[str, StoredTensor] = {}
     for header in headers.values():
         tensors |= header.tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from dataclasses import dataclass
@@ -185,7 +186,11 @@ class _Run:
             self.around[file.name] = around.hexdigest()
             if not self._stop.is_set():
                 output.finish(file.num_bytes)
-        finally:
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+            raise
+        with failing(f"close a file of {file.num_bytes:,} bytes", path):
             os.close(descriptor)
 
     def _write_shards(self, jobs: Sequence[_Job], output: _Output, around: xxhash.xxh3_128) -> None:

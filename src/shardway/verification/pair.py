@@ -16,6 +16,7 @@ from shardway.formats.record import read_record
 from shardway.plans.model import Direction, Plan
 from shardway.plans.streams import build_streams
 from shardway.run.engine import parse_workers
+from shardway.run.source import Snapshot, unchanged
 from shardway.verification.compare import compare_streams
 from shardway.verification.integrity import check_recorded
 from shardway.verification.opening import Checkpoint, in_whole_bytes, open_checkpoint
@@ -59,15 +60,18 @@ def verify(
         What was compared, and every difference.
 
     Raises:
-        ShardwayError: When one of them can't be read, or its architecture is unknown and has to be translated;
-            `record-missing` when there is only one and nothing was recorded about it.
+        ShardwayError: When one of them can't be read, its architecture is unknown and has to be translated, or its
+            files were changed meanwhile; `record-missing` when there is only one and nothing was recorded about it.
     """
     began = time.perf_counter()
     num_workers = parse_workers(workers)
     if b is None:
         return _verify_alone(Path(a), began, num_workers, progress)
-    pair = _pair(open_checkpoint(Path(a)), open_checkpoint(Path(b)))
-    values, damaged = compare_streams(pair.plan, num_workers, progress, pair.digests)
+    snapshots = Snapshot(Path(a)), Snapshot(Path(b))
+    opened = open_checkpoint(Path(a)), open_checkpoint(Path(b))
+    pair = _pair(*opened)
+    with unchanged(*(each.reading(checkpoint.catalog) for each, checkpoint in zip(snapshots, opened, strict=True))):
+        values, damaged = compare_streams(pair.plan, num_workers, progress, pair.digests)
     differences = list(pair.differences)
     differences += map(_damage, damaged)
     mistyped = {difference.tensor for difference in differences if difference.kind == "dtype"}

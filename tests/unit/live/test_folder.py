@@ -115,7 +115,7 @@ def hooked(hook: Callable[[], None]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("rename", "unlink", "rmdir", "replace"):
             patch.setattr(os, name, calling(getattr(os, name)))
-        patch.setattr(module, "exchange", calling(publish.exchange, after=True))
+        patch.setattr(publish, "exchange", calling(publish.exchange, after=True))
         yield
 
 
