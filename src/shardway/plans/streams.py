@@ -6,7 +6,7 @@ import math
 from bisect import bisect_right
 from typing import TYPE_CHECKING
 
-from shardway.core.boxes import Box, exact_cover, hull, row_major_strides, span, whole
+from shardway.core.boxes import UNPROVEN, Box, exact_cover, hull, row_major_strides, span, whole
 from shardway.core.errors import Code, Problem
 from shardway.core.tiles import reach, restrict
 from shardway.formats.torch_file import tensor_blob_frame
@@ -38,6 +38,7 @@ def chunk_problems(tensors: Iterable[StoredTensor]) -> list[Problem]:
         code, what = {
             0: (Code.CHUNK_HOLE, "is not covered by any chunk"),
             -1: (Code.CHUNK_OUT_OF_BOUNDS, "is a chunk that lies outside the tensor"),
+            UNPROVEN: (Code.METADATA_INVALID, "is cut so irregularly that it can't be proven to be covered once"),
         }.get(fault.times, (Code.CHUNK_OVERLAP, f"is covered by {fault.times} chunks"))
         problems.append(
             Problem(
