@@ -212,10 +212,12 @@ class TestLinksAndPaths:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "mcore", "out", "real"]
 
     def test_a_source_of_links_as_in_the_hub_cache(self, hf: Path, tmp_path: Path) -> None:
-        (tmp_path / "snapshot").mkdir()
+        cache = tmp_path / "models--some--model"
+        shutil.copytree(hf, cache / "blobs")
+        (cache / "snapshots/0123abc").mkdir(parents=True)
         for path in hf.iterdir():
-            (tmp_path / "snapshot" / path.name).symlink_to(path)
-        shardway.import_hf(tmp_path / "snapshot", tmp_path / "m", fsync=False)
+            (cache / "snapshots/0123abc" / path.name).symlink_to(f"../../blobs/{path.name}")
+        shardway.import_hf(cache / "snapshots/0123abc", tmp_path / "m", fsync=False)
         assert not any(path.is_symlink() for path in (tmp_path / "m").rglob("*"))
         assert same(read_distcp(tmp_path / "m"), MODEL.megatron(MODEL.weights()))
 

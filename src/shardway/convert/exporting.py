@@ -21,8 +21,10 @@ from shardway.families.mapping import map_model, variants_in
 from shardway.formats.huggingface import CONFIG_FILE, open_huggingface, read_companions
 from shardway.formats.iterations import find_iteration
 from shardway.formats.record import RECORD_FILE, read_record
+from shardway.formats.run_config import RUN_CONFIG
 from shardway.formats.torch_dist import open_torch_dist
 from shardway.plans.exports import ExportOptions, plan_export
+from shardway.plans.imports import HF_FOLDER
 from shardway.plans.streams import build_streams
 from shardway.run.destination import in_the_way
 from shardway.run.engine import parse_workers
@@ -34,10 +36,11 @@ from shardway.run.progress import Meter
 from shardway.run.publish import Staging
 from shardway.run.source import Snapshot, unchanged
 from shardway.verification.compare import check_readable, compare_plan, compare_streams
+from shardway.verification.integrity import check_small_files
 from shardway.verification.opening import is_model_state
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from shardway.families.mapping import ModelMapping
     from shardway.formats.record import ChunkDigests
@@ -273,17 +276,24 @@ def prepare_export(checkpoint: TorchDistCheckpoint, hf: Path | None, target: Pat
         options: What the user chose.
 
     Raises:
-        ShardwayError: `config-missing`, `record-invalid`, and what `map_model` and `plan_export` raise.
+        ShardwayError: `config-missing`, `record-invalid`, `digest-mismatch` for a small file that is not as it was
+            written, and what `map_model` and `plan_export` raise.
     """
     companions = hf or checkpoint.hf_dir
     restored = None
+    used: Collection[str] = ()
     if companions is None:
         companions, restored = checkpoint.root, restored_config(checkpoint)
         config, copied = restored.config, restored.files
+        used = (RUN_CONFIG, *(name for _, name in copied))
     else:
         config, small_files = read_companions(companions)
         copied = tuple((file.name, file.name) for file in small_files)
+        if hf is None:
+            used = [f"{HF_FOLDER}/{name}" for name, _ in copied]
     record = read_record(checkpoint.root)
+    if record is not None:
+        check_small_files(checkpoint, record, used)
     hf_config = HFConfig(config, str(companions / CONFIG_FILE))
     keys = checkpoint.catalog.tensors
     variants = variants_in(hf_config, mcore=keys, recorded=record.variants if record else None)

@@ -39,6 +39,7 @@ from shardway.run.progress import Meter
 from shardway.run.publish import Staging
 from shardway.run.source import Snapshot, unchanged
 from shardway.verification.compare import check_copies, check_readable, compare_plan
+from shardway.verification.recording import digest_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -172,7 +173,8 @@ def import_hf(
             with unchanged((snapshot, job.reads)):
                 losses = Losses()
                 digests = execute(plan, staging, origin, num_workers, meter.advance, {}, journal, finished, losses)
-                staging.write(RECORD_FILE, wanted.record.with_digests(digests).to_json())
+                files = digest_files(plan, staging.path)
+                staging.write(RECORD_FILE, wanted.record.with_digests(digests, files).to_json())
                 if verify:
                     check_readable(plan, staging.path)
                     compare_plan(plan, staging.path, num_workers, progress, digests)

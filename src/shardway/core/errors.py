@@ -53,6 +53,7 @@ class Code(enum.StrEnum):
     PATH_ESCAPES = "path-escapes"
     DIGEST_MISMATCH = "digest-mismatch"
     RECORD_INVALID = "record-invalid"
+    RECORD_MISSING = "record-missing"
     # The destination
     DESTINATION_EXISTS = "destination-exists"
     DESTINATION_UNWRITABLE = "destination-unwritable"

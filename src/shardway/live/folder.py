@@ -121,12 +121,14 @@ class IterationFolder:
         *Ranks*: coordinator.
         """
         shared = self._staging(staging)
+        companions = self._read_companions()
         assembly = assemble(
             results,
             iteration=self.iteration,
             content_metadata=self.state.content_metadata,
             tensors=self._kinds(results),
             record=self.record,
+            companions=companions,
         )
         for name, num_bytes in assembly.files.items():
             path = shared.path / name
@@ -142,16 +144,8 @@ class IterationFolder:
                         cure="do all ranks see the same filesystem at this path?",
                     )
                 )
-        for name, contents in assembly.small_files.items():
+        for name, contents in {**assembly.small_files, **companions}.items():
             shared.write(tag, name, contents)
-            report(len(contents))
-        for name, source in self.companions.items():
-            if isinstance(source, bytes):
-                contents = source
-            else:
-                with failing("read a file for the hf folder", source):
-                    contents = source.read_bytes()
-            shared.write(tag, f"{HF_FOLDER}/{name}", contents)
             report(len(contents))
         shared.seal(tag, assembly.files)
 
@@ -191,6 +185,17 @@ class IterationFolder:
     def _show_life(self, staging: str) -> None:
         if self._pulses.get(staging) is None:
             self._pulses[staging] = self._staging(staging).show_life()
+
+    def _read_companions(self) -> dict[str, bytes]:
+        """Contents of the files that go into ``hf/``, by their names in the iteration folder."""
+        found = {}
+        for name, source in self.companions.items():
+            if isinstance(source, bytes):
+                found[f"{HF_FOLDER}/{name}"] = source
+            else:
+                with failing("read a file for the hf folder", source):
+                    found[f"{HF_FOLDER}/{name}"] = source.read_bytes()
+        return found
 
     def _kinds(self, results: Sequence[WriterResult]) -> Mapping[str, tuple[DType, Shape]]:
         """What must be there: what is known to belong to the model, and all that the ranks brought."""

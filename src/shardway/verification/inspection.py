@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardway.families.layout import layout_of
-from shardway.formats.huggingface import HuggingFaceCheckpoint, read_companions
+from shardway.formats.huggingface import CONFIG_FILE, HuggingFaceCheckpoint, read_companions
 from shardway.formats.record import read_record
+from shardway.plans.imports import HF_FOLDER
 from shardway.plans.matching import is_training_state
 from shardway.run.engine import parse_workers
 from shardway.run.source import Snapshot, unchanged
@@ -146,7 +147,7 @@ def _particulars(checkpoint: Checkpoint) -> dict[str, Any]:
         }
     record = read_record(checkpoint.root)
     architecture = record.architecture if record else None
-    if architecture is None and checkpoint.hf_dir is not None:
+    if architecture is None and checkpoint.hf_dir is not None and f"{HF_FOLDER}/{CONFIG_FILE}" in checkpoint.files:
         architecture = _architecture(read_companions(checkpoint.hf_dir)[0])
     keys = (*checkpoint.metadata.tensors, *checkpoint.metadata.objects)
     return {
