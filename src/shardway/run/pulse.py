@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 BEAT_S = 2.0
 EXPIRY_S = 60.0
+_LONGEST_BEAT_S = 10.0  # on a filesystem that stands still; the thread is left alone then
 _MOST_PER_LOOK_S = 2.0
 _SIGN_BYTES = 1024
 
@@ -104,7 +105,7 @@ class Pulse:
         """Stop beating; the file stays."""
         self._ended.set()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(_LONGEST_BEAT_S)
 
     def beat(self) -> None:
         """Change the file once.

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from shardway.core.tensors import Catalog
 
 _MAX_DEPTH = 3
+_CHECKPOINT = (".safetensors", ".json", ".distcp", ".metadata", ".pt")  # others, such as logs, may change
 
 
 class _Identity(NamedTuple):
@@ -64,13 +65,13 @@ class Snapshot:
         return str(hasher.hexdigest())
 
     def check(self, names: Iterable[str] | None = None) -> None:
-        """Look at some files again, or at all of them.
+        """Look at some files again, or at all that a checkpoint may be made of.
 
         Raises:
             ShardwayError: `source-changed` for each that is no longer the file that it was.
         """
         problems = Problems()
-        for name in sorted(set(self._found if names is None else names)):
+        for name in sorted(set(self._of_checkpoint() if names is None else names)):
             known = self._found.get(name)
             path = self.root / name
             try:
@@ -94,6 +95,9 @@ class Snapshot:
                 )
         problems.raise_if_any()
 
+    def _of_checkpoint(self) -> Iterator[str]:
+        return (name for name in self._found if name.endswith(_CHECKPOINT))
+
     def reading(self, catalog: Catalog) -> tuple[Snapshot, list[str]]:
         """What `unchanged` takes, for the files of a catalog that lies at or below the directory."""
         files = {chunk.file for tensor in catalog.tensors.values() for chunk in tensor.chunks}
@@ -106,7 +110,8 @@ def unchanged(*reads: tuple[Snapshot, Iterable[str] | None]) -> Iterator[None]:
     """Look again at what was read when the context ends; what went wrong in it may have no other cause.
 
     Args:
-        reads: Snapshots, and which of their files are read; None for all.
+        reads: Snapshots, and which of their files are read; None where that is not known yet, and all that a checkpoint
+            may be made of are looked at, if something went wrong.
 
     Raises:
         ShardwayError: `source-changed`, instead of what the context raises.
@@ -116,7 +121,7 @@ def unchanged(*reads: tuple[Snapshot, Iterable[str] | None]) -> Iterator[None]:
     except ShardwayError:
         _check(reads)
         raise
-    _check(reads)
+    _check((snapshot, names) for snapshot, names in reads if names is not None)
 
 
 def _check(reads: Iterable[tuple[Snapshot, Iterable[str] | None]]) -> None:

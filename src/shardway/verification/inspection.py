@@ -14,9 +14,9 @@ from shardway.formats.record import read_record
 from shardway.plans.imports import HF_FOLDER
 from shardway.plans.matching import is_training_state
 from shardway.run.engine import parse_workers
-from shardway.run.source import Snapshot, unchanged
+from shardway.run.source import unchanged
 from shardway.verification.digests import tensor_digests
-from shardway.verification.opening import Checkpoint, in_whole_bytes, open_checkpoint
+from shardway.verification.opening import Checkpoint, in_whole_bytes, open_checkpoint, snapshot_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -107,7 +107,7 @@ def inspect(
         ShardwayError: When it can't be read or is damaged; all problems together.
     """
     num_workers = parse_workers(workers)
-    snapshot = Snapshot(Path(path))
+    snapshot = snapshot_of(Path(path))
     checkpoint = open_checkpoint(Path(path))
     catalog = checkpoint.catalog
     with unchanged(snapshot.reading(catalog)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import TYPE_CHECKING
 
@@ -9,9 +10,11 @@ from shardway.core.dtypes import UINT8
 from shardway.core.errors import ShardwayError
 from shardway.core.tensors import Catalog, Chunk, StoredTensor
 from shardway.formats.huggingface import HuggingFaceCheckpoint, open_huggingface
+from shardway.formats.iterations import find_iteration
 from shardway.formats.torch_dist import TRACKER, TorchDistCheckpoint, open_torch_dist
 from shardway.plans.matching import is_training_state
 from shardway.plans.streams import chunk_problems
+from shardway.run.source import Snapshot
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,6 +47,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if problems:
         raise ShardwayError(problems)
     return checkpoint
+
+
+def snapshot_of(path: Path) -> Snapshot:
+    """A snapshot of the directory that `open_checkpoint` would read.
+
+    Raises:
+        ShardwayError: What `find_iteration` raises.
+    """
+    if is_megatron(path):
+        with contextlib.suppress(OSError):  # opening it will tell
+            path = find_iteration(path)
+    return Snapshot(path)
 
 
 def in_whole_bytes(catalog: Catalog) -> Catalog:

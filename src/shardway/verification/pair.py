@@ -16,10 +16,10 @@ from shardway.formats.record import read_record
 from shardway.plans.model import Direction, Plan
 from shardway.plans.streams import build_streams
 from shardway.run.engine import parse_workers
-from shardway.run.source import Snapshot, unchanged
+from shardway.run.source import unchanged
 from shardway.verification.compare import compare_streams
 from shardway.verification.integrity import check_recorded
-from shardway.verification.opening import Checkpoint, in_whole_bytes, open_checkpoint
+from shardway.verification.opening import Checkpoint, in_whole_bytes, open_checkpoint, snapshot_of
 from shardway.verification.report import Difference, VerifyReport
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def verify(
     num_workers = parse_workers(workers)
     if b is None:
         return _verify_alone(Path(a), began, num_workers, progress)
-    snapshots = Snapshot(Path(a)), Snapshot(Path(b))
+    snapshots = snapshot_of(Path(a)), snapshot_of(Path(b))
     opened = open_checkpoint(Path(a)), open_checkpoint(Path(b))
     pair = _pair(*opened)
     with unchanged(*(each.reading(checkpoint.catalog) for each, checkpoint in zip(snapshots, opened, strict=True))):
