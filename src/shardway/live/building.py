@@ -256,14 +256,12 @@ class MegatronProvider:
         chunks: list[nn.Module] = [chunk.to(config.params_dtype) for chunk in built]
         if torch.cuda.is_available() and not config.use_cpu_initialization:
             chunks = [chunk.cuda(torch.cuda.current_device()) for chunk in chunks]
-        for chunk in chunks:
-            keep_in_float32(chunk)
-        if self._load is not None:
-            self._load(chunks)
         if wrap_with_float16 and (config.bf16 or config.fp16):
             chunks = [Float16Module(config, chunk) for chunk in chunks]
-            for chunk in chunks:
-                keep_in_float32(chunk)
+        for chunk in chunks:
+            keep_in_float32(chunk)  # before the load: its bits would be lost
+        if self._load is not None:
+            self._load(chunks)
         if wrap_with_ddp:
             ddp = ddp_config or DistributedDataParallelConfig()
             chunks = [
@@ -290,7 +288,7 @@ def has_transformer_engine() -> bool:
 
 
 def padded_vocabulary(num_tokens: int, tensor_parallel: int, multiple: int, *, always: bool) -> int:
-    """Rows of the embedding: padded to `multiple` for each tensor-parallel rank where asked for, or where it must be."""
+    """Rows of the embedding: padded where asked for, or where tensor parallelism could not divide it."""
     if not always and num_tokens % tensor_parallel == 0:
         return num_tokens
     multiple *= tensor_parallel

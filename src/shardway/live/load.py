@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardway.core.collector import collector_paused
 from shardway.core.boxes import Box
+from shardway.core.collector import collector_paused
 from shardway.core.errors import Code, Problems, ShardwayError
 from shardway.core.tensors import Chunk, StoredTensor
 from shardway.core.tiles import reach
@@ -128,9 +128,7 @@ def load_torch_dist(
     threads = _threads(workers)
     memory = _memory(model)
     wanted = {tail_of(target.shard.key) for target in memory.targets}
-    checkpoint = open_torch_dist(
-        Path(path), wanted=lambda key: tail_of(key) in wanted and not is_training_state(key)
-    )
+    checkpoint = open_torch_dist(Path(path), wanted=lambda key: tail_of(key) in wanted and not is_training_state(key))
     described = {
         key: StoredTensor(key, dtype, shape, tuple(Chunk(start, size, at.file, 0) for start, size, at in chunks))
         for key, (dtype, shape, chunks) in checkpoint.metadata.tensors.items()

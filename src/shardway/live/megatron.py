@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import (
     LocalNonpersistentObject,
@@ -235,6 +236,28 @@ def _quantiser(parameter: torch.Tensor) -> Callable[[Sequence[torch.Tensor]], No
             parameter.copy_(parts[0].reshape(parameter.shape))
 
     return store
+
+
+def model_parallel_groups() -> list[dist.ProcessGroup]:
+    """The groups of this rank that parts of one tensor may be spread over, the smaller ones first.
+
+    Tensor parallelism, that of the experts, and the experts' tensor and expert parallelism together.
+
+    *Ranks*: local.
+    """
+    if not parallel_state.model_parallel_is_initialized():
+        return []
+    groups = (
+        parallel_state.get_expert_tensor_parallel_group(),
+        parallel_state.get_tensor_model_parallel_group(),
+        parallel_state.get_expert_tensor_and_model_parallel_group(),
+    )
+    by_ranks = {tuple(dist.get_process_group_ranks(group)): group for group in reversed(groups)}
+    return [group for ranks, group in sorted(by_ranks.items(), key=_size) if len(ranks) > 1]
+
+
+def _size(item: tuple[tuple[int, ...], object]) -> tuple[int, tuple[int, ...]]:
+    return len(item[0]), item[0]
 
 
 def unwrapped(module: nn.Module) -> Any:
