@@ -23,6 +23,7 @@ from shardway.core.errors import Code, ShardwayError
 from shardway.formats.torch_dist import extra_state
 from shardway.live import assemble
 from shardway.live import folder as module
+from shardway.live import shared_staging
 from shardway.live.folder import IterationFolder
 from shardway.live.records import ObjectShard, Shard
 from shardway.live.saving import Assignment
@@ -115,7 +116,7 @@ def hooked(hook: Callable[[], None]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("rename", "unlink", "rmdir", "replace"):
             patch.setattr(os, name, calling(getattr(os, name)))
-        patch.setattr(module, "exchange", calling(publish.exchange, after=True))
+        patch.setattr(shared_staging, "exchange", calling(publish.exchange, after=True))
         yield
 
 
