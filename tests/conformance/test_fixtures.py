@@ -15,11 +15,16 @@ import shardway
 from shardway.formats.torch_dist import open_torch_dist
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
-IMPORTED = ("llama", "qwen3")
+IMPORTED = ("llama", "qwen3", "qwen3_moe", "deepseek_v3", "deepseek_v3_mtp")
 WRITTEN = {
     "megatron_bridge_0.7.0/llama": "llama",
     "megatron_bridge_0.7.0/llama_tp2": "llama",
     "megatron_bridge_0.7.0/qwen3": "qwen3",
+    "megatron_bridge_0.7.0/qwen3_moe": "qwen3_moe",
+    "megatron_bridge_0.7.0/qwen3_moe_ep2": "qwen3_moe",
+    "megatron_bridge_0.7.0/deepseek_v3": "deepseek_v3",
+    "megatron_bridge_0.7.0/deepseek_v3_mtp": "deepseek_v3_mtp",
+    "megatron_bridge_0.7.0/deepseek_v3_pp2": "deepseek_v3",
     "megatron_bridge_0.3.1/llama": "llama",
 }
 
@@ -92,7 +97,9 @@ def test_an_export_gives_the_original(written: str, original: str, verify: bool,
     assert read_safetensors(tmp_path / "out").keys() == read_safetensors(hf).keys()
     assert same(bits(read_safetensors(tmp_path / "out").items()), bits(read_safetensors(hf).items()))
     assert (tmp_path / "out/config.json").read_bytes() == (hf / "config.json").read_bytes()
-    assert report.num_bytes == sum(2 * math.prod(array.shape) for _, array in read_safetensors(hf).values())
+    sizes = {"bfloat16": 2, "float32": 4}
+    stored = facts(original)["tensors"].values()
+    assert report.num_bytes == sum(sizes[entry["dtype"]] * math.prod(entry["shape"]) for entry in stored)
     assert shardway.verify(hf, FIXTURES / written).equal
 
 
@@ -105,7 +112,7 @@ def test_an_export_says_which_config_it_needs(written: str, tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_tp2", "qwen3"])
+@pytest.mark.parametrize("name", sorted({path.stem for path in (FIXTURES / "megatron_bridge_0.7.0").iterdir()}))
 def test_the_copies_are_those_of_the_shared_fixtures(name: str, shared_fixtures: Path) -> None:
     for path in sorted((FIXTURES / "megatron_bridge_0.7.0" / name).rglob("*")):
         if path.is_file():

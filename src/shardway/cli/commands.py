@@ -61,6 +61,7 @@ def _import(chosen: argparse.Namespace) -> int:
             chosen.destination,
             dtype=chosen.dtype,
             layout=chosen.layout,
+            spec=chosen.spec,
             iteration=chosen.iteration,
             release=chosen.release,
             if_exists=chosen.if_exists,

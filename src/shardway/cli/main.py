@@ -66,6 +66,12 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("destination", metavar="DST", help="root of the Megatron checkpoint to write")
     _add_dtype(command)
     _add_layout(command)
+    command.add_argument(
+        "--spec",
+        choices=("te", "local"),
+        default="te",
+        help="names of norms as Transformer Engine's layers have them (default), or megatron-core's own",
+    )
     which = command.add_mutually_exclusive_group()
     which.add_argument("--iteration", type=int, default=0, metavar="N", help="number of the iteration (default: 0)")
     which.add_argument("--release", action="store_true", help="write release/ instead of an iteration")

@@ -13,7 +13,7 @@ from shardway.convert.report import ConversionReport
 from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.families.config import HFConfig
 from shardway.families.layout import layout_of
-from shardway.families.mapping import map_model
+from shardway.families.mapping import map_model, variants_in
 from shardway.formats.huggingface import CONFIG_FILE, open_huggingface, read_companions
 from shardway.formats.record import read_record
 from shardway.formats.torch_dist import open_torch_dist
@@ -158,10 +158,15 @@ def prepare_export(checkpoint: TorchDistCheckpoint, hf: Path | None, target: Pat
         )
     config, small_files = read_companions(companions)
     record = read_record(checkpoint.root)
-    mapping = map_model(HFConfig(config, str(companions / CONFIG_FILE)), layout_of(checkpoint.catalog.tensors))
-    copies = {name: of for name, of in (record.copies if record else {}).items() if mapping.aliases.get(name) == of}
+    hf_config = HFConfig(config, str(companions / CONFIG_FILE))
+    keys = checkpoint.catalog.tensors
+    variants = variants_in(hf_config, mcore=keys, recorded=record.variants if record else None)
+    mapping = map_model(hf_config, layout_of(keys), variants=variants)
+    known = record.copies if record else mapping.restored
+    copies = {name: of for name, of in known.items() if mapping.aliases.get(name) == of}
+    narrowed = record.dtypes if record else {}
     copied = tuple((file.name, file.name) for file in small_files)
-    plan = plan_export(checkpoint, mapping, config, copied, copies, target, options)
+    plan = plan_export(checkpoint, mapping, config, copied, copies, narrowed, target, options)
     return ExportJob(plan, mapping, companions, record.digests if record else {})
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from shardway import __version__
 from shardway.convert.options import (
     IfExists,
+    Spec,
     choice,
     invalid_option,
     parse_dtype,
@@ -18,15 +19,16 @@ from shardway.convert.report import ConversionReport
 from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.families.config import HFConfig
 from shardway.families.layout import Layout
-from shardway.families.mapping import map_model
+from shardway.families.mapping import map_model, variants_in
 from shardway.formats.huggingface import CONFIG_FILE, open_huggingface
 from shardway.formats.iterations import TRAIN_STATE
 from shardway.formats.record import RECORD_FILE, Record, read_record
 from shardway.formats.torch_dist import TRACKER, iteration_folder, open_torch_dist, tracker_text
-from shardway.plans.imports import ImportOptions, plan_import
+from shardway.plans.imports import ImportOptions, plan_import, widened
 from shardway.run.destination import Tracker, holds_checkpoint, in_the_way, refuse_older
 from shardway.run.engine import parse_workers
 from shardway.run.execute import check_apart, execute, preflight
+from shardway.run.losses import Losses, rounding_notes
 from shardway.run.progress import Meter
 from shardway.run.publish import Staging
 from shardway.verification.compare import check_copies, check_readable, compare_plan
@@ -46,6 +48,7 @@ def import_hf(
     *,
     dtype: str = "auto",
     layout: str = "auto",
+    spec: str = "te",
     iteration: int = 0,
     release: bool = False,
     if_exists: str = "error",
@@ -66,6 +69,8 @@ def import_hf(
         destination: Root of the checkpoint; gets ``iter_0000000/`` (or ``release/``) and the tracker file.
         dtype: ``"auto"`` keeps every tensor's bits; ``"bf16"``, ``"fp16"``, ``"fp32"`` cast floating-point tensors.
         layout: ``"stacked"`` (layers on a leading axis), ``"per-layer"``, or ``"auto"`` for what Megatron expects.
+        spec: Whose names a few norms get: ``"te"`` for models of Transformer Engine layers, ``"local"`` for those of
+            megatron-core's own.
         iteration: Number of the iteration folder, at least 0.
         release: Write ``release/`` instead of an iteration folder.
         if_exists: ``"error"``; ``"reuse"`` accepts a complete checkpoint made from the same source with the same
@@ -89,14 +94,17 @@ def import_hf(
     num_workers = parse_workers(workers)
     if not 0 <= iteration < 10**7:
         raise invalid_option("iteration", iteration, "a number from 0 to 9999999")
+    wanted = None if layout == "auto" else choice("layout", layout, Layout)
+    names = choice("spec", spec, Spec)
     options = ImportOptions(
-        layout=Layout.STACKED if layout == "auto" else choice("layout", layout, Layout),
         dtype=parse_dtype(dtype),
         iteration=None if release else iteration,
         max_file_bytes=parse_size("max_file_size", max_file_size),
     )
     checkpoint = open_huggingface(origin)
-    mapping = map_model(HFConfig(checkpoint.config, str(origin / CONFIG_FILE)), options.layout)
+    config = HFConfig(checkpoint.config, str(origin / CONFIG_FILE))
+    variants = variants_in(config, hf=checkpoint.catalog.tensors) | {"te": names is Spec.TE}
+    mapping = map_model(config, wanted, variants=variants)
     folder = root / iteration_folder(options.iteration)
     plan = plan_import(checkpoint, mapping, folder, options)
     record = _record(checkpoint, mapping, plan, options)
@@ -113,7 +121,7 @@ def import_hf(
             destination=str(destination),
             architecture=mapping.architecture,
             family=mapping.family,
-            layout=options.layout.value,
+            layout=mapping.layout.value,
             iteration=folder.name,
             num_tensors=len(mapping.hf),
             num_parameters=plan.mcore.num_elements,
@@ -132,7 +140,8 @@ def import_hf(
     check_copies(plan, num_workers)
     meter = Meter("copy", plan.num_bytes, progress)
     with Staging(folder, sync=fsync) as staging:
-        digests = execute(plan, staging, origin, num_workers, meter.advance, {})
+        losses = Losses()
+        digests = execute(plan, staging, origin, num_workers, meter.advance, {}, losses)
         staging.write(RECORD_FILE, record.with_digests(digests).to_json())
         if verify:
             check_readable(plan, staging.path)
@@ -140,7 +149,7 @@ def import_hf(
         _check_unchanged(checkpoint, record.source)
         with Tracker(root, options.iteration, plan.small_files[TRAIN_STATE], sync=fsync) as tracker:
             staging.publish()
-            notes = tracker.publish()
+            notes = (*rounding_notes(losses), *tracker.publish())
     return report(reused=False, notes=notes)
 
 
@@ -172,11 +181,13 @@ def _record(checkpoint: HuggingFaceCheckpoint, mapping: ModelMapping, plan: Plan
         architecture=mapping.architecture,
         source=fingerprint(checkpoint),
         options={
-            "layout": options.layout.value,
+            "layout": mapping.layout.value,
             "dtype": options.dtype.name if options.dtype else "auto",
             "max_file_bytes": options.max_file_bytes,
         },
         copies=plan.copies,
+        variants=mapping.variants,
+        dtypes=widened(checkpoint, mapping),
         megatron_config=mapping.megatron_config,
     )
 

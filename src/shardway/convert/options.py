@@ -31,6 +31,13 @@ class IfExists(enum.StrEnum):
     REPLACE = "replace"
 
 
+class Spec(enum.StrEnum):
+    """Whose layers a Megatron model is made of; they store a few norms under different names."""
+
+    TE = "te"
+    LOCAL = "local"
+
+
 def choice(name: str, value: str, allowed: type[_Choice]) -> _Choice:
     """A member of an enumeration by its value.
 

@@ -12,7 +12,7 @@ from shardway.convert.options import choice, parse_dtype, parse_shard_size, pars
 from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.families.config import HFConfig
 from shardway.families.layout import Layout, layout_of
-from shardway.families.mapping import map_model
+from shardway.families.mapping import map_model, variants_in
 from shardway.formats.huggingface import CONFIG_FILE, open_huggingface
 from shardway.formats.torch_dist import iteration_folder, open_torch_dist
 from shardway.plans.exports import ExportOptions
@@ -110,17 +110,16 @@ def plan(
         return _report(
             source, job.plan, job.mapping.architecture, job.mapping.family, layout_of(job.plan.mcore.tensors)
         )
-    wanted = Layout.STACKED if layout == "auto" else choice("layout", layout, Layout)
-    importing = ImportOptions(
-        layout=wanted, dtype=parse_dtype(dtype), max_file_bytes=parse_size("max_file_size", max_file_size)
-    )
+    wanted = None if layout == "auto" else choice("layout", layout, Layout)
+    importing = ImportOptions(dtype=parse_dtype(dtype), max_file_bytes=parse_size("max_file_size", max_file_size))
     try:
         found = open_huggingface(path)
-        mapping = map_model(HFConfig(found.config, str(path / CONFIG_FILE)), wanted)
+        config = HFConfig(found.config, str(path / CONFIG_FILE))
+        mapping = map_model(config, wanted, variants=variants_in(config, hf=found.catalog.tensors))
         planned = plan_import(found, mapping, _NOWHERE / iteration_folder(0), importing)
     except ShardwayError as error:
         return _stopped(source, "import", error)
-    return _report(source, planned, mapping.architecture, mapping.family, wanted)
+    return _report(source, planned, mapping.architecture, mapping.family, mapping.layout)
 
 
 def _report(source: str | Path, planned: Plan, architecture: str, family: str, layout: Layout) -> PlanReport:

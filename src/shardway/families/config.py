@@ -52,6 +52,19 @@ class HFConfig:
             raise self.invalid(key, value, "a positive integer")
         return value
 
+    def whole(self, key: str, default: int) -> int:
+        """An integer that is 0 or more; null counts as absent.
+
+        Raises:
+            ShardwayError: `config-invalid` when it is something else.
+        """
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**40:
+            raise self.invalid(key, value, "an integer, 0 or more")
+        return value
+
     def flag(self, key: str, *, default: bool) -> bool:
         """A boolean; null counts as absent.
 

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from shardway.core.errors import Code, Problem, ShardwayError
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Iterable
 
     from shardway.families.config import HFConfig
     from shardway.families.rules import Rule
 
+Dims = Mapping[str, int]
 
 _MOST_LAYERS = 100_000  # every layer is enumerated, so a config must not be able to ask for billions
+
+# Megatron's name for the dimensions that every config has under one name or another.
+_DIMENSIONS = {
+    "L": "num_layers",
+    "H": "hidden_size",
+    "F": "ffn_hidden_size",
+    "nq": "num_attention_heads",
+    "G": "num_query_groups",
+    "d": "kv_channels",
+    "V": "vocab_size",
+    "E": "num_moe_experts",
+    "Fe": "moe_ffn_hidden_size",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +47,60 @@ class Field:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """What is particular about one layer.
+
+    Attributes:
+        kinds: Words that `Rule.when` may ask for: ``moe``, ``mamba``, ...
+        dims: Dimensions in which it differs from the model's.
+        names: Placeholders beside the stack's own, such as ``n`` for the number under which Hugging Face has it.
+    """
+
+    kinds: frozenset[str] = frozenset()
+    dims: Dims = field(default_factory=dict)
+    names: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """A flag that the names of the tensors decide, where one model comes in several forms.
+
+    Attributes:
+        flag: The flag.
+        hf: Matches the start of a Hugging Face name that only this form has.
+        mcore: The same for a Megatron key.
+        default: What holds where names decide nothing.
+    """
+
+    flag: str
+    hf: str = ""
+    mcore: str = ""
+    default: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alias:
+    """A Hugging Face tensor that may be present as an exact copy of another one, which alone Megatron stores.
+
+    Attributes:
+        hf: Template of its name.
+        of: The tensor that it copies.
+        when: Flags that have to hold, as in `Rule.when`.
+        restored: Whether an export writes it where nothing is known about the source.
+    """
+
+    hf: str
+    of: str
+    when: str = ""
+    restored: bool = False
+
+
+def no_stacks(_: HFConfig, __: Dims) -> dict[str, Sequence[Layer]]:
+    """The layers of a model that are all alike."""
+    return {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """How the checkpoints of some architectures translate, as data.
 
@@ -40,9 +108,16 @@ class Family:
         name: Short name, such as ``llama``.
         architectures: Classes in ``config.architectures`` that it serves.
         rules: The Megatron tensors and what they are made of.
-        flags: Flags that rules refer to: a constant, or the config key that decides (absent means false).
+        dims: Computes the extents that rules refer to. L layers, H hidden, F ffn, V vocabulary, nq heads, G query
+            groups, r heads per group, d head size, E experts, Fe ffn of an expert; others as a family needs them.
+        flags: Flags that rules refer to: a constant, the config key that decides (absent means false), or a function.
+        stacks: The layers by the placeholder that runs over them: ``i`` the decoder's, ``k`` those of multi-token
+            prediction, ``j`` the layers inside these. Without ``i`` all L layers of the decoder are alike.
+        per_layer: Megatron keeps the decoder's layers apart even where they are all alike.
+        variants: Flags that the tensors' names decide.
+        aliases: Tensors that may be present as copies of others.
+        extra_state: Modules that keep an ``_extra_state`` beside those that `layout.has_extra_state` names.
         tied_by_default: What an absent ``tie_word_embeddings`` means.
-        head_dim: What an absent ``head_dim`` means; None for hidden size over heads.
         fields: Config values that carry over under another name.
         constants: Megatron config fields that hold for every model of the family.
         derived: Computes further Megatron config fields from the config.
@@ -53,84 +128,80 @@ class Family:
     name: str
     architectures: tuple[str, ...]
     rules: tuple[Rule, ...]
-    flags: Mapping[str, bool | str]
+    dims: Callable[[HFConfig], dict[str, int]]
+    flags: Mapping[str, bool | str | Callable[[HFConfig], bool]]
+    stacks: Callable[[HFConfig, Dims], Mapping[str, Sequence[Layer]]] = no_stacks
+    per_layer: bool = False
+    variants: tuple[Variant, ...] = ()
+    aliases: tuple[Alias, ...] = ()
+    extra_state: tuple[str, ...] = ()
     tied_by_default: bool = False
-    head_dim: int | None = None
     fields: tuple[Field, ...] = ()
     constants: Mapping[str, object]
     derived: Callable[[HFConfig], dict[str, object]]
     caveats: Callable[[HFConfig], list[str]]
     ignored: tuple[str, ...] = ()
 
-    def dims(self, config: HFConfig) -> dict[str, int]:
-        """The extents that rules refer to.
-
-        L layers, H hidden, F ffn, V vocabulary, nq heads, G query groups, r heads per group, d head size.
+    def layers_of(self, config: HFConfig, dims: Dims) -> dict[str, Sequence[Layer]]:
+        """The layers by the placeholder that runs over them, the decoder's under ``i``.
 
         Raises:
-            ShardwayError: `config-invalid` for values that are missing or contradict each other.
+            ShardwayError: `config-invalid` where the config contradicts itself.
         """
-        hidden, heads = config.count("hidden_size"), config.count("num_attention_heads")
-        groups = config.count("num_key_value_heads", heads)
-        if heads % groups:
-            raise ShardwayError(
-                Problem(
-                    code=Code.CONFIG_INVALID,
-                    what=f"{heads} attention heads can't be shared evenly by {groups} key-value heads",
-                    facts=(f"num_attention_heads {heads} % num_key_value_heads {groups} = {heads % groups}",),
-                    file=config.file,
-                )
-            )
-        fallback = self.head_dim
-        if fallback is None and config.get("head_dim") is None:
-            if hidden % heads:
-                raise ShardwayError(
-                    Problem(
-                        code=Code.CONFIG_INVALID,
-                        what=f"hidden_size {hidden} is no multiple of {heads} attention heads, and head_dim is missing",
-                        file=config.file,
-                    )
-                )
-            fallback = hidden // heads
-        layers = config.count("num_hidden_layers")
-        if layers > _MOST_LAYERS:
-            raise config.invalid("num_hidden_layers", layers, f"at most {_MOST_LAYERS}")
-        return {
-            "L": layers,
-            "H": hidden,
-            "F": config.count("intermediate_size"),
-            "V": config.count("vocab_size"),
-            "nq": heads,
-            "G": groups,
-            "r": heads // groups,
-            "d": config.count("head_dim", fallback),
-        }
+        if dims["L"] > _MOST_LAYERS:
+            raise config.invalid("num_hidden_layers", dims["L"], f"at most {_MOST_LAYERS}")
+        return {"i": (Layer(),) * dims["L"], **self.stacks(config, dims)}
 
-    def flags_of(self, config: HFConfig) -> dict[str, bool]:
-        """The flags of a model with this config."""
+    def flags_of(self, config: HFConfig, variants: Mapping[str, bool]) -> frozenset[str]:
+        """The flags that hold for a model with this config in these variants."""
         flags = {
-            name: value if isinstance(value, bool) else config.flag(value, default=False)
+            name: value if isinstance(value, bool) else self._decide(config, value)
             for name, value in self.flags.items()
         }
         flags["tied"] = config.flag("tie_word_embeddings", default=self.tied_by_default)
-        return flags
+        flags |= {variant.flag: variants.get(variant.flag, variant.default) for variant in self.variants}
+        return frozenset(name for name, value in flags.items() if value)
 
-    def megatron_config(self, config: HFConfig) -> dict[str, object]:
+    def _decide(self, config: HFConfig, value: str | Callable[[HFConfig], bool]) -> bool:
+        return config.flag(value, default=False) if isinstance(value, str) else value(config)
+
+    def variants_in(
+        self,
+        hf: Iterable[str] | None = None,
+        mcore: Iterable[str] | None = None,
+        recorded: Mapping[str, bool] | None = None,
+    ) -> dict[str, bool]:
+        """The variants that tensors show by their names, on either side.
+
+        Args:
+            hf: Names of all Hugging Face tensors, where they are known.
+            mcore: Keys of all Megatron tensors, where they are known.
+            recorded: What is known from elsewhere, for the variants that names decide nothing about.
+        """
+        found = {variant.flag: variant.default for variant in self.variants}
+        found |= {flag: value for flag, value in (recorded or {}).items() if flag in found}
+        found |= self._shown(mcore, {variant.flag: variant.mcore for variant in self.variants})
+        return found | self._shown(hf, {variant.flag: variant.hf for variant in self.variants})
+
+    def _shown(self, names: Iterable[str] | None, patterns: Mapping[str, str]) -> dict[str, bool]:
+        asked = {flag: re.compile(pattern) for flag, pattern in patterns.items() if pattern}
+        if names is None or not asked:
+            return {}
+        shown = dict.fromkeys(asked, False)
+        for name in names:
+            for flag, pattern in asked.items():
+                if not shown[flag] and pattern.match(name):
+                    shown[flag] = True
+        return shown
+
+    def megatron_config(self, config: HFConfig, flags: frozenset[str]) -> dict[str, object]:
         """Fields of megatron-core's TransformerConfig and GPTModel for a model with this config."""
         dims = self.dims(config)
-        translated: dict[str, object] = {
-            "num_layers": dims["L"],
-            "hidden_size": dims["H"],
-            "ffn_hidden_size": dims["F"],
-            "num_attention_heads": dims["nq"],
-            "num_query_groups": dims["G"],
-            "kv_channels": dims["d"],
-            "vocab_size": dims["V"],
-            "share_embeddings_and_output_weights": self.flags_of(config)["tied"],
-        }
-        for field in self.fields:
-            value = config.get(field.hf)
-            value = field.default if value is None else value
+        translated: dict[str, object] = {name: dims[word] for word, name in _DIMENSIONS.items() if word in dims}
+        translated["share_embeddings_and_output_weights"] = "tied" in flags
+        for one in self.fields:
+            value = config.get(one.hf)
+            value = one.default if value is None else value
             if value is not None:
-                translated[field.mcore] = value
+                translated[one.mcore] = value
         return translated | dict(self.constants) | self.derived(config)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from shardway.families.family import Field
+from shardway.core.errors import Code, Problem, ShardwayError
+from shardway.families.family import Alias, Field
 from shardway.families.rules import Rule, qkv, rows, same
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from shardway.families.config import HFConfig
 
 EMBEDDINGS = (
@@ -82,6 +86,14 @@ GATED_MLP = (
     Rule("decoder.layers.{i}.mlp.linear_fc2.bias", same("model.layers.{i}.mlp.down_proj.bias", "H"), when="mlp_bias"),
 )
 
+
+def dense(rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    """The rules for the dense layers of a model that has others too."""
+    return tuple(replace(rule, when=f"dense {rule.when}".strip()) for rule in rules)
+
+
+TIED_HEAD = Alias(hf="lm_head.weight", of="model.embed_tokens.weight", when="tied")
+
 RULES = (EMBEDDINGS[0], *ATTENTION, *GATED_MLP, *EMBEDDINGS[1:])
 
 FIELDS = (
@@ -111,6 +123,54 @@ NO_PROJ_BIAS = (
 # What megatron-core's rotary embedding holds fixed for Llama 3 scaling (rotary_pos_embedding.py, 0.16.1).
 _LLAMA3_FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _ROPE_TYPES = ("default", "llama3", "linear", "yarn")
+
+
+def dims(config: HFConfig, head_dim: int | None = None) -> dict[str, int]:
+    """The dimensions of a model with grouped-query attention: L, H, F, V, nq, G, r and d.
+
+    Args:
+        config: The model's config.json.
+        head_dim: What an absent ``head_dim`` means; None for hidden size over heads.
+
+    Raises:
+        ShardwayError: `config-invalid` for values that are missing or contradict each other.
+    """
+    hidden, heads = config.count("hidden_size"), config.count("num_attention_heads")
+    groups = config.count("num_key_value_heads", heads)
+    if heads % groups:
+        raise ShardwayError(
+            Problem(
+                code=Code.CONFIG_INVALID,
+                what=f"{heads} attention heads can't be shared evenly by {groups} key-value heads",
+                facts=(f"num_attention_heads {heads} % num_key_value_heads {groups} = {heads % groups}",),
+                file=config.file,
+            )
+        )
+    if head_dim is None and config.get("head_dim") is None:
+        if hidden % heads:
+            raise ShardwayError(
+                Problem(
+                    code=Code.CONFIG_INVALID,
+                    what=f"hidden_size {hidden} is no multiple of {heads} attention heads, and head_dim is missing",
+                    file=config.file,
+                )
+            )
+        head_dim = hidden // heads
+    return {
+        "L": config.count("num_hidden_layers"),
+        "H": hidden,
+        "F": config.count("intermediate_size"),
+        "V": config.count("vocab_size"),
+        "nq": heads,
+        "G": groups,
+        "r": heads // groups,
+        "d": config.count("head_dim", head_dim),
+    }
+
+
+def dims_with(*, head_dim: int) -> Callable[[HFConfig], dict[str, int]]:
+    """`dims` for a family in which an absent ``head_dim`` means this."""
+    return lambda config: dims(config, head_dim)
 
 
 def derived(config: HFConfig) -> dict[str, object]:

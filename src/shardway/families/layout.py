@@ -7,10 +7,15 @@ docs/formats/torch_dist.md.
 from __future__ import annotations
 
 import enum
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+# The module that a tensor belongs to, where the tensor is the one by which Transformer Engine's modules are told.
+_WEIGHT = re.compile(r"(.+?)\.(?:weight(?:\..+)?|softmax_offset)")
+_EXPERTS = ".experts.experts."
 
 
 class Layout(enum.StrEnum):
@@ -19,35 +24,48 @@ class Layout(enum.StrEnum):
     STACKED = "stacked"
     PER_LAYER = "per-layer"
 
-    @property
-    def content_metadata(self) -> dict[str, object]:
-        """What a loader reads to build the matching sharded state dict."""
-        metadata: dict[str, object] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
-        if self is Layout.PER_LAYER:
-            metadata["non_homogeneous_layers"] = True
-        return metadata
-
     def key(self, logical: str, layer: int | None) -> str:
         """The key on disk of a logical name such as ``decoder.layers.{i}.mlp.linear_fc2.weight``."""
         if layer is None:
             return logical
         return logical.replace("{i}.", "") if self is Layout.STACKED else logical.replace("{i}", str(layer))
 
-    def extra_state_key(self, logical: str, layer: int | None, num_layers: int) -> str:
-        """The key on disk of the ``_extra_state`` of the module that holds the logical tensor."""
-        module = self.key(logical, layer).rpartition(".")[0]
-        place = f"{layer}_{num_layers}" if self is Layout.STACKED and layer is not None else "0_1"
-        return f"{module}._extra_state/shard_{place}"
 
+def extra_state_module(key: str) -> str | None:
+    """The module whose ``_extra_state`` goes with a tensor, by its key or logical name; None where there is none.
 
-def has_extra_state(logical: str) -> bool:
-    """Whether Transformer Engine keeps an ``_extra_state`` for the module whose weight this is.
+    Transformer Engine keeps one for every linear layer and every norm, and for attention with learnable sinks; not for
+    embeddings, the router, the output layer and the norm inside a Mamba mixer.
 
-    It does for every linear layer and every norm, not for embeddings, the router or the output layer.
+    Source: checkpoints of Megatron Bridge 0.7.0; docs/formats/torch_dist.md.
     """
-    module, _, leaf = logical.rpartition(".")
-    kind = module.rpartition(".")[2]
-    return leaf == "weight" and (kind.startswith("linear_") or kind.endswith(("layernorm", "norm")))
+    match = _WEIGHT.fullmatch(key)
+    if match is None:
+        return None
+    module = match[1]
+    parent, _, kind = module.rpartition(".")
+    if kind == "core_attention" or kind.startswith("linear_") or kind.endswith("_proj"):
+        return module
+    return module if kind.endswith("norm") and not parent.endswith("mixer") else None
+
+
+def extra_state_keys(module: str, layer: int | None, num_layers: int, num_experts: int) -> list[str]:
+    """The keys on disk of a module's ``_extra_state``.
+
+    Args:
+        module: Its key, without a layer where layers are stacked.
+        layer: Its place on the leading axis of layers; None without such an axis.
+        num_layers: Extent of that axis.
+        num_experts: How many experts there are; each has a state of its own.
+    """
+    at = [] if layer is None else [str(layer)]
+    of = [] if layer is None else [str(num_layers)]
+    if _EXPERTS not in module:
+        return [f"{module}._extra_state/shard_{'.'.join(at or ['0'])}_{'.'.join(of or ['1'])}"]
+    of = [*of, str(num_experts)]
+    return [
+        f"{module}._extra_state/shard_{'.'.join([*at, str(expert)])}_{'.'.join(of)}" for expert in range(num_experts)
+    ]
 
 
 def layout_of(keys: Iterable[str]) -> Layout:

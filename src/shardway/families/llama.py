@@ -27,6 +27,8 @@ LLAMA = Family(
     name="llama",
     architectures=("LlamaForCausalLM",),
     rules=gqa.RULES,
+    dims=gqa.dims,
+    aliases=(gqa.TIED_HEAD,),
     flags={"qkv_bias": "attention_bias", "proj_bias": "attention_bias", "mlp_bias": "mlp_bias", "qk_norm": False},
     fields=(
         *gqa.FIELDS,

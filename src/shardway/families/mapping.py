@@ -7,17 +7,18 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from shardway.core.collector import collector_paused
-from shardway.core.errors import Code, Problems
+from shardway.core.errors import Code, Problem, Problems, ShardwayError
 from shardway.core.tiles import Tile, cover_fault
-from shardway.families.layout import Layout, has_extra_state
+from shardway.families.layout import Layout, extra_state_keys, extra_state_module
 from shardway.families.registry import family_of
-from shardway.families.rules import expand
+from shardway.families.rules import expand, fill, holds
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from shardway.core.tensors import Shape
     from shardway.families.config import HFConfig
+    from shardway.families.family import Dims, Family, Layer
     from shardway.families.rules import Expanded, Rule
 
 
@@ -28,91 +29,192 @@ class ModelMapping:
     Attributes:
         family: Name of the family.
         architecture: The Hugging Face class.
-        layout: How its layers lie on disk on the Megatron side.
+        layout: How the layers of its decoder lie on disk on the Megatron side.
+        variants: The form that the tensors are in, where the family knows several.
         tiles: The mosaic. On both sides every element of every tensor lies in exactly one tile.
         hf: Shape of every Hugging Face tensor, in the order in which an export writes them.
         mcore: Global shape of every Megatron tensor, by its key on disk.
+        dtypes: Megatron tensors that are held in a type of their own whatever the source's is, by torch's name.
+        shifts: Megatron tensors whose values are the source's plus a number, computed in float32, and that number.
         extra_state: Keys of the ``_extra_state`` objects that a default-strictness load asks for.
         aliases: Hugging Face tensors that may be present as exact copies of another one, and which.
+        restored: Those of the aliases that an export writes where nothing is known about the source.
         ignored: Matches Hugging Face tensors that may be present and carry nothing.
         megatron_config: Fields of megatron-core's TransformerConfig and GPTModel.
+        content_metadata: What a loader reads to build the matching sharded state dict.
         caveats: What a Megatron model with that config would do otherwise than transformers, one sentence each.
     """
 
     family: str
     architecture: str
     layout: Layout
+    variants: Mapping[str, bool]
     tiles: tuple[Tile, ...]
     hf: Mapping[str, Shape]
     mcore: Mapping[str, Shape]
+    dtypes: Mapping[str, str]
+    shifts: Mapping[str, float]
     extra_state: tuple[str, ...]
     aliases: Mapping[str, str]
+    restored: Mapping[str, str]
     ignored: re.Pattern[str]
     megatron_config: Mapping[str, object]
+    content_metadata: Mapping[str, object]
     caveats: tuple[str, ...]
 
     def with_copies(self, copies: Mapping[str, str]) -> ModelMapping:
         """The mapping that also writes each of `copies` (name: which tensor it copies) on the Hugging Face side."""
+        named: dict[str, list[str]] = {}
+        for name, of in copies.items():
+            named.setdefault(of, []).append(name)
         tiles = list(self.tiles)
         for tile in self.tiles:
-            tiles += [
-                tile._replace(hf=tile.hf._replace(tensor=name)) for name, of in copies.items() if of == tile.hf.tensor
-            ]
+            tiles += [tile._replace(hf=tile.hf._replace(tensor=name)) for name in named.get(tile.hf.tensor, ())]
         hf = dict(self.hf) | {name: self.hf[of] for name, of in copies.items()}
         return replace(self, tiles=tuple(tiles), hf=hf)
 
 
+def variants_in(
+    config: HFConfig,
+    *,
+    hf: Iterable[str] | None = None,
+    mcore: Iterable[str] | None = None,
+    recorded: Mapping[str, bool] | None = None,
+) -> dict[str, bool]:
+    """In which of the forms that its family knows a model is, by the names of its tensors.
+
+    Args:
+        config: The model's config.json.
+        hf: Names of all Hugging Face tensors, where they are known.
+        mcore: Keys of all Megatron tensors, where they are known.
+        recorded: What is known from elsewhere, for forms that names decide nothing about.
+
+    Raises:
+        ShardwayError: `architecture-unsupported`, `config-invalid`.
+    """
+    return family_of(config).variants_in(hf, mcore, recorded)
+
+
 @collector_paused()
-def map_model(config: HFConfig, layout: Layout = Layout.STACKED) -> ModelMapping:
+def map_model(
+    config: HFConfig, layout: Layout | None = None, *, variants: Mapping[str, bool] | None = None
+) -> ModelMapping:
     """Enumerate both sides of a model and prove that its tiles cover each exactly once.
 
     Args:
         config: The model's config.json.
-        layout: How the Megatron side stores layers.
+        layout: How the Megatron side stores the decoder's layers; None for what megatron-core does with such a model.
+        variants: The form that the tensors are in, as `variants_in` finds it; by default that of published models.
 
     Raises:
-        ShardwayError: `architecture-unsupported`, `config-invalid`; `coverage` if the family's own rules are wrong.
+        ShardwayError: `architecture-unsupported`, `config-invalid`; `option-invalid` for layers that can't be stacked;
+            `coverage` if the family's own rules are wrong.
     """
     family = family_of(config)
-    dims, flags = family.dims(config), family.flags_of(config)
-    num_layers = dims["L"]
-    stacked = layout is Layout.STACKED
+    chosen = family.variants_in(recorded=variants)
+    dims, flags = family.dims(config), family.flags_of(config, chosen)
+    stacks = family.layers_of(config, dims)
+    alike = len({(layer.kinds, tuple(sorted(layer.dims.items()))) for layer in stacks["i"]}) == 1
+    natural = Layout.STACKED if alike and not family.per_layer else Layout.PER_LAYER
+    if layout is Layout.STACKED and not alike:
+        raise ShardwayError(_not_stackable(config))
+    layout = layout or natural
     tiles: list[Tile] = []
     hf: dict[str, Shape] = {}
     mcore: dict[str, Shape] = {}
-    extra_state: list[str] = []
-
-    rules = [(rule, expand(rule.source, dims)) for rule in family.rules if rule.applies(flags)]
-    if stacked:
-        rules = [(rule, parts.stack(num_layers) if rule.per_layer else parts) for rule, parts in rules]
-    first_layer = next(k for k, (rule, _) in enumerate(rules) if rule.per_layer)
-    ordered: list[tuple[Rule, Expanded, int | None]] = [(rule, parts, None) for rule, parts in rules[:first_layer]]
-    ordered += [(rule, parts, i) for i in range(num_layers) for rule, parts in rules if rule.per_layer]
-    ordered += [(rule, parts, None) for rule, parts in rules[first_layer:] if not rule.per_layer]
+    dtypes: dict[str, str] = {}
+    shifts: dict[str, float] = {}
+    extra_state = dict.fromkeys(f"{module}._extra_state/shard_0_1" for module in family.extra_state)
     keys: dict[str, str] = {}  # one string for all layers that share a key
-    for rule, parts, layer in ordered:
-        key = layout.key(rule.mcore, layer)
+    for rule, parts, names, place in _enumerate(family, dims, flags, stacks, layout):
+        key = fill(rule.mcore.replace("{i}.", "") if place is not None else rule.mcore, names)
         key = keys.setdefault(key, key)
         mcore[key] = parts.mcore_shape
-        for shape, tile in parts.tiles(key, layer):
+        for shape, tile in parts.tiles(key, names, place):
             hf[tile.hf.tensor] = shape
             tiles.append(tile)
-        if has_extra_state(rule.mcore):
-            extra_state.append(layout.extra_state_key(rule.mcore, layer, num_layers))
-    ignored = "|".join(re.escape(template).replace(r"\{i\}", r"\d+") for template in family.ignored)
+        if rule.dtype:
+            dtypes[key] = rule.dtype
+        if rule.plus:
+            shifts[key] = rule.plus
+        module = extra_state_module(key)
+        if module is not None:
+            extra_state |= dict.fromkeys(extra_state_keys(module, place, dims["L"], dims.get("E", 0)))
     _prove(tiles, hf, mcore)
+    aliases = {}
+    restored = {}
+    for alias in family.aliases:
+        if not holds(alias.when, flags):
+            continue
+        stack = stacks.get("k", ()) if "{n}" in alias.hf or "{k}" in alias.hf else (None,)
+        for layer in stack:
+            name = fill(alias.hf, layer.names if layer else {})
+            aliases[name] = alias.of
+            if alias.restored:
+                restored[name] = alias.of
+    metadata: dict[str, object] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+    if layout is not natural:
+        metadata["non_homogeneous_layers"] = True
+    ignored = "|".join(re.escape(template).replace(r"\{i\}", r"\d+") for template in family.ignored)
     return ModelMapping(
         family=family.name,
         architecture=config.architecture,
         layout=layout,
+        variants=chosen,
         tiles=tuple(tiles),
         hf=hf,
         mcore=mcore,
+        dtypes=dtypes,
+        shifts=shifts,
         extra_state=tuple(extra_state),
-        aliases={"lm_head.weight": "model.embed_tokens.weight"} if flags["tied"] else {},
+        aliases=aliases,
+        restored=restored,
         ignored=re.compile(ignored or r"(?!)"),
-        megatron_config=family.megatron_config(config),
+        megatron_config=family.megatron_config(config, flags),
+        content_metadata=metadata,
         caveats=tuple(family.caveats(config)),
+    )
+
+
+def _enumerate(
+    family: Family, dims: Dims, flags: frozenset[str], stacks: Mapping[str, Sequence[Layer]], layout: Layout
+) -> Iterator[tuple[Rule, Expanded, Mapping[str, int], int | None]]:
+    """Every rule as often as it applies, in the order of an export, with what its placeholders stand for.
+
+    The last of the four is the place on a leading axis of layers, where there is one.
+    """
+    expanded: dict[tuple[int, tuple[tuple[str, int], ...]], Expanded] = {}
+
+    def parts_of(rule: Rule, layer: Layer | None) -> Expanded:
+        key = (id(rule), tuple(sorted(layer.dims.items())) if layer else ())
+        if key not in expanded:
+            parts = expand(rule.parts, {**dims, **layer.dims} if layer else dims)
+            stacked = rule.stack == "i" and layout is Layout.STACKED
+            expanded[key] = parts.stack(dims["L"]) if stacked else parts
+        return expanded[key]
+
+    alone = [rule for rule in family.rules if not rule.stack]
+    first = next((k for k, rule in enumerate(family.rules) if rule.stack), len(family.rules))
+    before = [rule for rule in family.rules[:first] if holds(rule.when, flags)]
+    yield from ((rule, parts_of(rule, None), {}, None) for rule in before)
+    for stack in ("i", "k", "j"):
+        rules = [rule for rule in family.rules if rule.stack == stack]
+        for place, layer in enumerate(stacks.get(stack, ())):
+            names = {stack: place, **layer.names}
+            for rule in rules:
+                if holds(rule.when, flags | layer.kinds):
+                    yield rule, parts_of(rule, layer), names, place if parts_of(rule, layer).stacked else None
+    yield from (
+        (rule, parts_of(rule, None), {}, None) for rule in alone if rule not in before and holds(rule.when, flags)
+    )
+
+
+def _not_stackable(config: HFConfig) -> Problem:
+    return Problem(
+        code=Code.OPTION_INVALID,
+        what=f"the layers of {config.architecture} can't be stacked: they are not all alike",
+        file=config.file,
+        cure="leave the layout to shardway (--layout auto), or choose per-layer",
     )
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from shardway.core.errors import Code, Problem, ShardwayError
+from shardway.families.deepseek import DEEPSEEK_V3
 from shardway.families.llama import LLAMA
 from shardway.families.mistral import MISTRAL
-from shardway.families.qwen import QWEN2, QWEN3
+from shardway.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 
 if TYPE_CHECKING:
     from shardway.families.config import HFConfig
     from shardway.families.family import Family
 
-FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3)
+FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, DEEPSEEK_V3)
 _BY_ARCHITECTURE = {architecture: family for family in FAMILIES for architecture in family.architectures}
 
 

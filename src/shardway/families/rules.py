@@ -1,42 +1,51 @@
 """The rule language: one declarative line says how a Megatron tensor is made of Hugging Face tensors.
 
-Names are templates: ``{i}`` runs over the layers. Extents are products of dimension names, such as ``"r*d"``, that
-the family computes from the config. A rule is data for both directions.
+Names are templates: ``{i}`` runs over the layers, ``{k}`` over the layers of multi-token prediction, ``{e}`` over the
+experts. A rule is data for both directions.
+
+The axes of a tensor are written in words, outermost first, as in ``"V H"``. A word is an extent: a product of
+dimensions such as ``r*d``, which the family computes from the config. It is also a walk: the same word on both sides
+of a part means the same elements. From there:
+
+* ``(G r*d) H``: the first axis is `G` times `r*d` long.
+* ``F@F/2*F H``: of an axis that is `2*F` long, the stretch of `F` that begins at `F`.
+* ``[e] F H``: the first axis has a place for each expert; the part is the one of `{e}`.
+* ``1 E``: an axis of extent 1.
+* ``H H'``: two walks of one length; the prime tells them apart.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.core.tiles import Side, Tile
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from shardway.core.tensors import Shape
     from shardway.core.tiles import Steps
 
+# The dimension that counts what a placeholder in brackets runs over.
+_COUNTS = {"[e]": "E"}
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A Hugging Face tensor that supplies `rows` consecutive rows of every group of a Megatron tensor."""
+    """What one Hugging Face tensor supplies of a Megatron tensor.
 
-    hf: str
-    rows: str
-
-
-@dataclass(frozen=True, slots=True)
-class Mosaic:
-    """The first axis is `groups` groups; each holds the parts' rows one above the other; then the trailing axes.
-
-    A part's own tensor holds its rows of all groups one above the other.
+    Attributes:
+        hf: Template of its name.
+        hf_axes: The axes of that tensor.
+        mcore_axes: The axes of the Megatron tensor, in the same words.
     """
 
-    parts: tuple[Part, ...]
-    trailing: tuple[str, ...] = ()
-    groups: str = "1"
+    hf: str
+    hf_axes: str
+    mcore_axes: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,117 +53,263 @@ class Rule:
     """One Megatron tensor and the Hugging Face tensors that it is made of.
 
     Attributes:
-        mcore: Logical Megatron name; ``{i}`` in it makes it one tensor per layer.
-        source: How it is made.
-        when: Name of a flag that has to be set for the rule to apply; a leading ``!`` negates; empty: always.
+        mcore: Template of its logical name; ``{i}`` in it makes it one tensor per layer.
+        parts: What it is made of.
+        when: Flags and kinds of layer that have to hold, separated by spaces; a leading ``!`` negates; empty: always.
+        dtype: Type in which Megatron holds it whatever the source's is, by torch's name; it must be no narrower.
+        plus: What is added to each value on the way to Megatron, in float32, and taken away on the way back.
     """
 
     mcore: str
-    source: Mosaic
+    parts: tuple[Part, ...]
     when: str = ""
+    dtype: str = ""
+    plus: float = 0.0
 
     @property
-    def per_layer(self) -> bool:
-        """Whether the rule stands for one tensor in every layer."""
-        return "{i}" in self.mcore
-
-    def applies(self, flags: Mapping[str, bool]) -> bool:
-        """Whether the rule holds for a model with these flags."""
-        return not self.when or flags[self.when.removeprefix("!")] is not self.when.startswith("!")
+    def stack(self) -> str:
+        """The placeholder of the layers that the rule stands in, innermost first; empty where it stands for itself."""
+        return next((letter for letter in ("j", "k", "i") if f"{{{letter}}}" in self.mcore), "")
 
 
-def same(hf: str, *extents: str) -> Mosaic:
+def holds(when: str, flags: frozenset[str]) -> bool:
+    """Whether a condition such as ``"moe !tied"`` holds where these flags and kinds do."""
+    return all((word[1:] not in flags) if word[0] == "!" else word in flags for word in when.split())
+
+
+def same(hf: str, *extents: str) -> tuple[Part, ...]:
     """The Megatron tensor is the Hugging Face tensor, whose shape is `extents`."""
-    return Mosaic((Part(hf, extents[0]),), extents[1:])
+    axes = _distinct(extents)
+    return (Part(hf, axes, axes),)
 
 
-def rows(*parts: tuple[str, str], trailing: tuple[str, ...] = ()) -> Mosaic:
-    """The parts' rows one above the other: gate above up."""
-    return Mosaic(tuple(Part(*part) for part in parts), trailing)
+def rows(*parts: tuple[str, str], trailing: tuple[str, ...] = ()) -> tuple[Part, ...]:
+    """The rows of several tensors one above the other: gate above up."""
+    rest = " ".join(("", *trailing))
+    total = "+".join(size for _, size in parts)
+    found, at = [], "0"
+    for hf, size in parts:
+        found.append(Part(hf, f"{size}{rest}", f"{size}@{at}/{total}{rest}"))
+        at = size if at == "0" else f"{at}+{size}"
+    return tuple(found)
 
 
-def qkv(*, q: str, k: str, v: str, trailing: tuple[str, ...] = ()) -> Mosaic:
+def split(hf: str, *pieces: tuple[str, str], trailing: tuple[str, ...] = ()) -> list[tuple[str, tuple[Part, ...]]]:
+    """One tensor's rows dealt out, in order, to several Megatron tensors: pairs of an ending and its parts.
+
+    Args:
+        hf: Template of the tensor.
+        pieces: Ending of the Megatron name, and rows.
+        trailing: Extents of the other axes.
+    """
+    rest = " ".join(("", *trailing))
+    total = "+".join(size for _, size in pieces)
+    found: list[tuple[str, tuple[Part, ...]]] = []
+    at = "0"
+    for ending, size in pieces:
+        found.append((ending, (Part(hf, f"{size}@{at}/{total}{rest}", f"{size}{rest}"),)))
+        at = size if at == "0" else f"{at}+{size}"
+    return found
+
+
+def qkv(*, q: str, k: str, v: str, trailing: tuple[str, ...] = ()) -> tuple[Part, ...]:
     """Query, key and value rows interleaved by query group, as megatron-core's `linear_qkv` holds them.
 
     Source: megatron/core/transformer/attention.py, `SelfAttention.get_query_key_value_tensors`.
     """
-    return Mosaic((Part(q, "r*d"), Part(k, "d"), Part(v, "d")), trailing, groups="G")
+    rest = " ".join(("", *trailing))
+    return (
+        Part(q, f"(G r*d){rest}", f"(G r*d@0/r*d+2*d){rest}"),
+        Part(k, f"(G d){rest}", f"(G d@r*d/r*d+2*d){rest}"),
+        Part(v, f"(G d){rest}", f"(G d@r*d+d/r*d+2*d){rest}"),
+    )
+
+
+def renamed(rules: Iterable[Rule], *, mcore: tuple[str, str], hf: tuple[str, str], when: str = "") -> tuple[Rule, ...]:
+    """The same rules for other layers: in each name the first text of a pair is replaced by the second.
+
+    Args:
+        rules: Rules of a block.
+        mcore: What to replace in the Megatron names.
+        hf: What to replace in the Hugging Face names.
+        when: Flags that have to hold besides.
+    """
+    return tuple(
+        Rule(
+            rule.mcore.replace(*mcore),
+            tuple(Part(part.hf.replace(*hf), part.hf_axes, part.mcore_axes) for part in rule.parts),
+            when=f"{rule.when} {when}".strip(),
+            dtype=rule.dtype,
+            plus=rule.plus,
+        )
+        for rule in rules
+    )
 
 
 def extent(expression: str, dims: Mapping[str, int]) -> int:
-    """Evaluate a product of dimension names and integers, such as ``"G*d"`` or ``"1"``."""
-    return math.prod(dims[factor] if factor in dims else int(factor) for factor in expression.split("*"))
+    """Evaluate a sum of products of dimension names and integers, such as ``"r*d+2*d"`` or ``"1"``."""
+    return sum(
+        math.prod(dims[factor] if factor in dims else int(factor) for factor in term.split("*"))
+        for term in expression.split("+")
+    )
 
 
 class Grid(NamedTuple):
-    """Where a part of a mosaic lies: the name and shape of its own tensor, and the tile to be, without its names."""
+    """Where a part lies: the name and shape of its own tensor, and the tile to be, without its names.
+
+    `hf_index` and `mcore_index` are the axes along which each expert has a place; None where there is none.
+    """
 
     hf: str
     hf_shape: Shape
     sizes: Shape
     hf_base: Shape
     hf_steps: Steps
+    hf_index: int | None
     mcore_base: Shape
     mcore_steps: Steps
+    mcore_index: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class Expanded:
-    """A mosaic with its extents known: shapes of the tensors on both sides and where each part lies.
+    """The parts of a rule with their extents known.
 
     Attributes:
         mcore_shape: Shape of the Megatron tensor.
         grids: One for each part.
+        num_indexed: How many experts have a place of their own in the Megatron tensor; 0 without that axis.
         stacked: Whether the Megatron tensor has a leading axis of layers.
     """
 
     mcore_shape: Shape
     grids: tuple[Grid, ...]
+    num_indexed: int = 0
     stacked: bool = False
 
     def stack(self, num_layers: int) -> Expanded:
         """The same with a leading axis of layers on the Megatron side."""
         grids = tuple(
-            grid._replace(mcore_steps=tuple((axis + 1, step) for axis, step in grid.mcore_steps)) for grid in self.grids
+            grid._replace(
+                mcore_steps=tuple((axis + 1, step) for axis, step in grid.mcore_steps),
+                mcore_index=None if grid.mcore_index is None else grid.mcore_index + 1,
+            )
+            for grid in self.grids
         )
-        return Expanded((num_layers, *self.mcore_shape), grids, stacked=True)
+        return Expanded((num_layers, *self.mcore_shape), grids, self.num_indexed, stacked=True)
 
-    def tiles(self, mcore: str, layer: int | None) -> list[tuple[Shape, Tile]]:
+    def tiles(self, mcore: str, names: Mapping[str, int], layer: int | None) -> Iterator[tuple[Shape, Tile]]:
         """The tiles of one layer, each with the shape of its Hugging Face tensor.
 
         Args:
             mcore: Key of the Megatron tensor on disk.
-            layer: What ``{i}`` stands for in the parts' names, or None.
+            names: What placeholders in the parts' names stand for.
+            layer: Place along the leading axis of layers, where there is one.
         """
-        found = []
-        for template, shape, sizes, hf_base, hf_steps, base, steps in self.grids:
-            name = template if layer is None else template.replace("{i}", str(layer))
-            if self.stacked and layer is not None:
-                base = (layer, *base)
-            found.append((shape, Tile(sizes, Side(name, hf_base, hf_steps), Side(mcore, base, steps))))
-        return found
+        named = [(grid, fill(grid.hf, names)) for grid in self.grids]
+        for expert in range(self.num_indexed or 1):
+            for (_, shape, sizes, hf_base, hf_steps, hf_index, base, steps, mcore_index), name in named:
+                if self.stacked and layer is not None:
+                    base = (layer, *base)
+                if mcore_index is not None:
+                    name = name.replace("{e}", str(expert))
+                    base = (*base[:mcore_index], expert, *base[mcore_index + 1 :])
+                if hf_index is not None:
+                    hf_base = (*hf_base[:hf_index], expert, *hf_base[hf_index + 1 :])
+                yield shape, Tile(sizes, Side(name, hf_base, hf_steps), Side(mcore, base, steps))
 
 
-def expand(mosaic: Mosaic, dims: Mapping[str, int]) -> Expanded:
-    """Work out the extents of a mosaic for a model with these dimensions."""
-    groups = extent(mosaic.groups, dims)
-    trailing = tuple(extent(expression, dims) for expression in mosaic.trailing)
-    sizes = [extent(part.rows, dims) for part in mosaic.parts]
-    period = sum(sizes)
-    along = tuple((axis, 1) for axis in range(1, len(trailing) + 1))
-    origin = (0,) * (len(trailing) + 1)
+def fill(template: str, names: Mapping[str, int]) -> str:
+    """The name that a template is for these values of its placeholders."""
+    for letter, value in names.items():
+        template = template.replace(f"{{{letter}}}", str(value))
+    return template
+
+
+def expand(parts: tuple[Part, ...], dims: Mapping[str, int]) -> Expanded:
+    """Work out the extents of a rule's parts for a model with these dimensions."""
     grids = []
-    at = 0
-    for part, size in zip(mosaic.parts, sizes, strict=True):
-        if groups == 1:
-            grid: Shape = (size, *trailing)
-            hf_steps: Steps = ((0, 1), *along)
-            mcore_steps = hf_steps
+    shapes = set()
+    for part in parts:
+        hf, mcore = _read_axes(part.hf_axes, dims), _read_axes(part.mcore_axes, dims)
+        if hf.walks.keys() != mcore.walks.keys():
+            raise ValueError(f"the two sides walk along different words: {part}")
+        shapes.add(mcore.shape)
+        words = [word for word in mcore.walks if mcore.walks[word][0] != 1] or list(mcore.walks)[:1]
+        grids.append(
+            Grid(
+                part.hf,
+                hf.shape,
+                tuple(mcore.walks[word][0] for word in words),
+                hf.base,
+                tuple(hf.walks[word][1:] for word in words),
+                hf.indexed,
+                mcore.base,
+                tuple(mcore.walks[word][1:] for word in words),
+                mcore.indexed,
+            )
+        )
+    if len(shapes) != 1:
+        raise ValueError(f"the parts give different shapes: {parts}")
+    indexed = {dims["E"] if grid.mcore_index is not None else 0 for grid in grids}
+    return Expanded(shapes.pop(), tuple(grids), indexed.pop())
+
+
+class _Axes(NamedTuple):
+    """A tensor's shape, where a part begins in it, and along which axis, how far and in which steps each word walks."""
+
+    shape: Shape
+    base: Shape
+    walks: dict[str, tuple[int, int, int]]
+    indexed: int | None
+
+
+def _read_axes(text: str, dims: Mapping[str, int]) -> _Axes:
+    shape: list[int] = []
+    base: list[int] = []
+    walks: dict[str, tuple[int, int, int]] = {}
+    index = None
+    for axis, factors in enumerate(_axes_of(text)):
+        stride, first = 1, 0
+        along: list[tuple[str, tuple[int, int, int]]] = []
+        for factor in reversed(factors):
+            if factor in _COUNTS:
+                index = axis
+                stride *= dims[_COUNTS[factor]]
+                continue
+            word, _, place = factor.partition("@")
+            at, _, total = place.partition("/")
+            size = extent(word.rstrip("'"), dims)
+            if word != "1":
+                along.append((word, (size, axis, stride)))
+            first += extent(at, dims) * stride if at else 0
+            stride *= extent(total, dims) if total else size
+        walks.update(reversed(along))
+        shape.append(stride)
+        base.append(first)
+    return _Axes(tuple(shape), tuple(base), walks, index)
+
+
+def _axes_of(text: str) -> Iterator[list[str]]:
+    """The factors of each axis: ``"(G r*d) H"`` is ``[G, r*d], [H]``."""
+    inside: list[str] | None = None
+    for word in text.replace("(", " ( ").replace(")", " ) ").split():
+        if word == "(":
+            inside = []
+        elif word == ")":
+            yield inside or []
+            inside = None
+        elif inside is not None:
+            inside.append(word)
         else:
-            grid = (groups, size, *trailing)
-            hf_steps = ((0, size), (0, 1), *along)
-            mcore_steps = ((0, period), (0, 1), *along)
-        shape = (groups * size, *trailing)
-        grids.append(Grid(part.hf, shape, grid, origin, hf_steps, (at, *origin[1:]), mcore_steps))
-        at += size
-    return Expanded((groups * period, *trailing), tuple(grids))
+            yield [word]
+
+
+def _distinct(words: tuple[str, ...]) -> str:
+    """The words with primes on those that were there before."""
+    seen: Counter[str] = Counter()
+    named = []
+    for word in words:
+        named.append(word + "'" * seen[word] if word != "1" else word)
+        seen[word] += 1
+    return " ".join(named)

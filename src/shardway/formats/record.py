@@ -37,6 +37,8 @@ class Record:
         source: Fingerprint of the source's files.
         options: What the conversion was told that changes its result.
         copies: Hugging Face tensors that were exact copies of another one, and which.
+        variants: The form that the source was in, where its family knows several.
+        dtypes: Hugging Face tensors that Megatron holds in a wider type than the source did, and the source's type.
         megatron_config: Fields of megatron-core's TransformerConfig and GPTModel.
         digests: xxh3-128 of the bytes of every chunk.
     """
@@ -47,6 +49,8 @@ class Record:
     source: str
     options: Mapping[str, object]
     copies: Mapping[str, str] = field(default_factory=dict)
+    variants: Mapping[str, bool] = field(default_factory=dict)
+    dtypes: Mapping[str, str] = field(default_factory=dict)
     megatron_config: Mapping[str, object] = field(default_factory=dict)
     digests: ChunkDigests = field(default_factory=dict)
 
@@ -67,6 +71,8 @@ class Record:
             "source": self.source,
             "options": dict(self.options),
             "copies": dict(self.copies),
+            "variants": dict(self.variants),
+            "dtypes": dict(self.dtypes),
             "megatron_config": dict(self.megatron_config),
             "digests": {"algorithm": _ALGORITHM, "chunks": chunks},
         }
@@ -101,6 +107,8 @@ def read_record(folder: Path) -> Record | None:
             source=str(document["source"]),
             options=dict(document["options"]),
             copies={str(name): str(of) for name, of in document["copies"].items()},
+            variants={str(flag): bool(value) for flag, value in document.get("variants", {}).items()},
+            dtypes={str(name): str(dtype) for name, dtype in document.get("dtypes", {}).items()},
             megatron_config=dict(document["megatron_config"]),
             digests={
                 (tensor, tuple(map(int, start.split("."))) if start else ()): str(digest)

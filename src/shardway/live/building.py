@@ -135,6 +135,15 @@ class MegatronProvider:
         self._fields[name] = value
         self.__dict__["_config"] = None
 
+    def adopt_sizes(self) -> None:
+        """Take the parallel sizes of megatron-core's process groups, where there are any.
+
+        *Ranks*: local.
+        """
+        if parallel_state.is_initialized():
+            for name, size_of in _SIZES.items():
+                setattr(self, name, size_of())
+
     def finalize(self) -> None:
         """Check all fields together; `provide_distributed_model` does so too.
 

@@ -56,26 +56,34 @@ def check_model(memory: ModelMemory, mapping: ModelMapping, problems: Problems) 
 
 
 def relate(
-    memory: ModelMemory, stored: Mapping[str, Shape], mapping: ModelMapping | None, problems: Problems
+    memory: ModelMemory,
+    shapes: Mapping[str, Shape],
+    mapping: ModelMapping | None,
+    stored: ModelMapping | None,
+    problems: Problems,
 ) -> list[Tile]:
     """How a model's tensors are made of those of a Megatron checkpoint, stacked or per layer as each of them is.
 
     Args:
         memory: The model on this rank.
-        stored: Global shape of every tensor of the checkpoint, training state left out.
-        mapping: What the config promises, where there is one: a padded vocabulary is told from a larger one by it.
+        shapes: Global shape of every tensor of the checkpoint, training state left out.
+        mapping: What the config promises of the model, where it is known: a padded vocabulary is told from a larger
+            one by it, and norms that other layers of megatron-core call by another name are found.
+        stored: The same of the checkpoint.
         problems: Receives every tensor that the checkpoint lacks or that has another shape there.
     """
     tiles: list[Tile] = []
+    renamed = _composed(mapping, stored, shapes) if mapping is not None and stored is not None else {}
     for key, shape in {target.shard.key: target.shard.global_shape for target in memory.targets}.items():
-        found = _origin(key, shape, stored)
-        if found is None:
+        found = _origin(key, shape, shapes)
+        if found is None and key in renamed:
+            tiles += renamed[key]
+        elif found is None:
             what = f"the model asks for {key}, which the checkpoint does not hold"
             facts = (f"shape {list(shape)}",)
             problems.add(Code.TENSOR_MISSING, what, tensor=key, facts=facts, cure=_CURE_MODEL)
-            continue
-        for name, layer, place in found:
-            have, want = stored[name], shape
+        for name, layer, place in found or ():
+            have, want = shapes[name], shape
             if layer is not None:
                 have = have[1:]
             if place is not None:
@@ -172,6 +180,18 @@ def _origin(key: str, shape: Shape, stored: Mapping[str, Shape]) -> list[tuple[s
         if all(name in stored for name in names):
             return [(name, None, layer) for layer, name in enumerate(names)]
     return None
+
+
+def _composed(mapping: ModelMapping, stored: ModelMapping, shapes: Mapping[str, Shape]) -> dict[str, list[Tile]]:
+    """For tensors that the checkpoint has under another name, what they are made of, by way of Hugging Face's names."""
+    others = {key for key in stored.mcore if key in shapes and key not in mapping.mcore}
+    there = {(tile.hf, tile.sizes): tile.mcore for tile in stored.tiles if tile.mcore.tensor in others}
+    found: dict[str, list[Tile]] = {}
+    for tile in mapping.tiles:
+        origin = there.get((tile.hf, tile.sizes))
+        if origin is not None:
+            found.setdefault(tile.mcore.tensor, []).append(Tile(tile.sizes, origin, tile.mcore))
+    return found
 
 
 def _tile(name: str, layer: int | None, key: str, place: int | None, shape: Shape) -> Tile:

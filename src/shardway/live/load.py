@@ -15,7 +15,7 @@ from shardway.core.tensors import Chunk, StoredTensor
 from shardway.core.tiles import reach
 from shardway.families.config import HFConfig
 from shardway.families.layout import Layout, layout_of
-from shardway.families.mapping import map_model
+from shardway.families.mapping import map_model, variants_in
 from shardway.formats.huggingface import CONFIG_FILE, open_huggingface
 from shardway.formats.torch_dist import open_torch_dist
 from shardway.live.blocks import synchronise
@@ -90,15 +90,18 @@ def load_huggingface(
     root = Path(path)
     checkpoint = open_huggingface(root)
     config = HFConfig(checkpoint.config, str(root / CONFIG_FILE))
-    mapping = map_model(config, Layout.PER_LAYER if memory.per_layer else Layout.STACKED)
-    problems = Problems()
     tensors = checkpoint.catalog.tensors
-    matched = match_huggingface(mapping, tensors, problems)
+    problems = Problems()
+    variants = variants_in(config, hf=tensors, recorded=memory.variants)
+    full = map_model(config, variants=variants)
+    matched = match_huggingface(full, tensors, problems)
+    mapping = _mapping(config, memory, variants)
     check_model(memory, mapping, problems)
     problems.raise_if_any()
+    notes = _left_out(full, mapping)
     with Source(root) as source:
         _check_copies(memory, mapping.tiles, matched.copies, checkpoint.catalog, source)
-        return _fill(memory, mapping.tiles, checkpoint.catalog, source, threads, began)
+        return _fill(memory, mapping.tiles, mapping.shifts, checkpoint.catalog, source, threads, began, notes)
 
 
 def load_torch_dist(
@@ -128,25 +131,31 @@ def load_torch_dist(
     threads = _threads(workers)
     memory = _memory(model)
     wanted = {tail_of(target.shard.key) for target in memory.targets}
-    checkpoint = open_torch_dist(Path(path), wanted=lambda key: tail_of(key) in wanted and not is_training_state(key))
+
+    def is_wanted(key: str) -> bool:
+        # Norms are small, and may have another name there.
+        return (tail_of(key) in wanted or "norm" in key) and not is_training_state(key)
+
+    checkpoint = open_torch_dist(Path(path), wanted=is_wanted)
     described = {
         key: StoredTensor(key, dtype, shape, tuple(Chunk(start, size, at.file, 0) for start, size, at in chunks))
         for key, (dtype, shape, chunks) in checkpoint.metadata.tensors.items()
         if not is_training_state(key)
     }
     problems = Problems()
-    mapping = _mapping(config, memory)
-    if mapping is not None and config is not None:
-        stored = map_model(HFConfig(config), layout_of(described))
+    mapping, stored = _mappings(config, memory, described)
+    if mapping is not None and stored is not None:
         match_stored(stored, described, memory.resizable, problems)
         check_model(memory, mapping, problems)
-    problems.raise_if_any()
-    tiles = relate(memory, {key: tensor.shape for key, tensor in described.items()}, mapping, problems)
+        problems.raise_if_any()
+    tiles = relate(memory, {key: tensor.shape for key, tensor in described.items()}, mapping, stored, problems)
     problems.extend(chunk_problems(checkpoint.catalog.tensors.values()))
+    problems.raise_if_any()
     _check_dtypes(memory, tiles, checkpoint.catalog, problems)
     problems.raise_if_any()
+    notes = () if mapping is None or stored is None else _left_out(stored, mapping)
     with Source(checkpoint.root) as source:
-        return _fill(memory, tiles, checkpoint.catalog, source, threads, began)
+        return _fill(memory, tiles, {}, checkpoint.catalog, source, threads, began, notes)
 
 
 def _threads(workers: int | None) -> int:
@@ -159,26 +168,47 @@ def _memory(model: nn.Module | Sequence[nn.Module]) -> ModelMemory:
     return megatron_memory(model)
 
 
-def _mapping(config: Mapping[str, object] | None, memory: ModelMemory) -> ModelMapping | None:
-    """What a config says of the model, where its architecture is known."""
-    if not config:
-        return None
+def _mapping(config: HFConfig, memory: ModelMemory, variants: Mapping[str, bool]) -> ModelMapping:
+    """What a config says of the model: multi-token prediction is left out where the model has none."""
+    absent = {"mtp": False} if not memory.variants.get("mtp") else {}
+    return map_model(config, Layout.PER_LAYER if memory.per_layer else None, variants={**variants, **absent})
+
+
+def _mappings(
+    values: Mapping[str, object] | None, memory: ModelMemory, described: Mapping[str, StoredTensor]
+) -> tuple[ModelMapping | None, ModelMapping | None]:
+    """What a config says of the model and of a Megatron checkpoint of it, where its architecture is known."""
+    if not values:
+        return None, None
+    config = HFConfig(values)
     try:
-        return map_model(HFConfig(config), Layout.PER_LAYER if memory.per_layer else Layout.STACKED)
+        variants = variants_in(config, mcore=described)
     except ShardwayError as error:
         if error.code is Code.ARCHITECTURE_UNSUPPORTED:
-            return None
+            return None, None
         raise
+    own = {"te": memory.variants.get("te", True)}
+    return _mapping(config, memory, {**variants, **own}), map_model(config, layout_of(described), variants=variants)
+
+
+def _left_out(full: ModelMapping, mapping: ModelMapping) -> tuple[str, ...]:
+    """What is there and not asked for."""
+    absent = full.hf.keys() - mapping.hf.keys()
+    if not absent:
+        return ()
+    return (f"{len(absent)} tensors of multi-token prediction were left out: the model has no such layers",)
 
 
 @collector_paused()
 def _fill(
     memory: ModelMemory,
-    tiles: Iterable[Tile],
+    tiles: Sequence[Tile],
+    shifts: Mapping[str, float],
     catalog: Catalog,
     source: Source,
     num_threads: int,
     began: float,
+    notes: tuple[str, ...],
 ) -> LoadReport:
     """Read every element of the targets, or zero where the tiles have none."""
     targets = memory.targets
@@ -187,8 +217,8 @@ def _fill(
     for cut in cuts:
         filled[cut.target] += cut.tile.num_elements
     padded = _padded(memory, filled)
-    jobs = jobs_of(cuts, targets, catalog.tensors)
-    filler = Filler(targets, filled)
+    jobs = jobs_of(cuts, targets, catalog.tensors, shifts)
+    filler = Filler(targets, filled, shifts)
     for target in padded:
         if target.tensor is not None:
             target.tensor.zero_()
@@ -214,7 +244,11 @@ def _fill(
         num_bytes=memory.num_bytes,
         read_bytes=source.num_read_bytes,
         seconds=time.perf_counter() - began,
-        notes=tuple(f"{len(found)} tensors were cast from {old} to {new}" for (old, new), found in cast.items()),
+        notes=(
+            *notes,
+            *(f"{len(found)} tensors were cast from {old} to {new}" for (old, new), found in cast.items()),
+            *(f"{count} values of {name} were rounded" for name, count in sorted(filler.rounded.items())),
+        ),
     )
 
 

@@ -45,6 +45,7 @@ _REPLICA_RADIX = 2**20
 # What Megatron Bridge stores with every checkpoint; without the first, newer releases write another layout.
 _CONTENT_METADATA: dict[str, object] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 _NOT_STORED = "dp_cp_group"  # a process group that megatron-core adds for its own use
+_TRANSFORMER_ENGINE = "megatron.core.extensions.transformer_engine"
 
 
 def megatron_state(
@@ -94,7 +95,14 @@ def megatron_state(
             left_out.append(path)
     problems.raise_if_any()
     stored = {key: value for key, value in wanted.items() if key != _NOT_STORED}
-    return LiveState.of(tensors, objects, content_metadata=stored, resizable=resizable, left_out=left_out)
+    return LiveState.of(
+        tensors,
+        objects,
+        content_metadata=stored,
+        resizable=resizable,
+        variants=_variants(_chunks(model)),
+        left_out=left_out,
+    )
 
 
 def megatron_memory(model: nn.Module | Sequence[nn.Module]) -> ModelMemory:
@@ -140,6 +148,7 @@ def megatron_memory(model: nn.Module | Sequence[nn.Module]) -> ModelMemory:
         targets=tuple(targets),
         resizable=frozenset(resizable),
         per_layer=bool(wanted.get("non_homogeneous_layers")),
+        variants=_variants(chunks),
         num_layers=getattr(configs[0], "num_layers", None) if configs else None,
         is_whole=not parallel_state.is_initialized() or parallel_state.get_pipeline_model_parallel_world_size() == 1,
     )
@@ -273,6 +282,15 @@ def unwrapped(module: nn.Module) -> Any:
         what = f"{type(inner).__name__} has no sharded_state_dict: it is no Megatron-Core model"
         raise ShardwayError(Problem(code=Code.OPTION_INVALID, what=what))
     return inner
+
+
+def _variants(chunks: Sequence[Any]) -> dict[str, bool]:
+    """The forms in which a family's tensors may be that this model says of itself, not of the layers on this rank."""
+    engine = any(
+        type(module).__module__.startswith(_TRANSFORMER_ENGINE) for chunk in chunks for module in chunk.modules()
+    )
+    predicts = any(getattr(getattr(chunk, "config", None), "mtp_num_layers", None) for chunk in chunks)
+    return {"te": engine, "mtp": predicts}
 
 
 def _has_keys_per_layer(model: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from shardway.core.boxes import Box
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
 
@@ -61,6 +61,7 @@ class ModelMemory:
         targets: In the order of the state dict; a box may be there several times.
         resizable: Keys of tensors that megatron-core pads on their first axis (`LiveState.resizable`).
         per_layer: Whether its keys are per layer.
+        variants: In which of the forms that model families know the model is (`LiveState.variants`).
         num_layers: Layers of the whole model, where its config says so.
         is_whole: Whether this rank has all pipeline stages.
     """
@@ -68,6 +69,7 @@ class ModelMemory:
     targets: tuple[Target, ...]
     resizable: frozenset[str]
     per_layer: bool
+    variants: Mapping[str, bool]
     num_layers: int | None
     is_whole: bool
 

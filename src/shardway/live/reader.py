@@ -66,7 +66,10 @@ class Direct(NamedTuple):
 
 
 def jobs_of(
-    cuts: Sequence[Cut], targets: Sequence[Target], stored: Mapping[str, StoredTensor]
+    cuts: Sequence[Cut],
+    targets: Sequence[Target],
+    stored: Mapping[str, StoredTensor],
+    shifts: Mapping[str, float],
 ) -> list[Direct | Region]:
     """Sort out how each part is to be read.
 
@@ -74,6 +77,7 @@ def jobs_of(
         cuts: In the order of the stored bytes.
         targets: What the cuts' numbers mean.
         stored: The stored tensors.
+        shifts: Keys of targets whose values are not the stored ones.
 
     Returns:
         Work in the order of the files, in steps that are not too long.
@@ -87,7 +91,7 @@ def jobs_of(
         straight: list[Run] = []
         rest: list[Cut] = []
         for cut in group:
-            found = _runs(cut, dtype, targets[cut.target])
+            found = None if cut.tile.mcore.tensor in shifts else _runs(cut, dtype, targets[cut.target])
             if found is None:
                 rest.append(cut)
             else:
@@ -197,11 +201,18 @@ class Filler:
     Args:
         targets: What is filled.
         wanted: For each target the number of elements that it will get.
+        shifts: What is added to the stored values of a tensor, by its key, in float32.
+
+    Attributes:
+        overflows: For each stored tensor how many finite values a cast has made infinite.
+        rounded: For each stored tensor how many values a shift has rounded, so that the way back doesn't give them.
     """
 
-    def __init__(self, targets: Sequence[Target], wanted: Sequence[int]) -> None:
+    def __init__(self, targets: Sequence[Target], wanted: Sequence[int], shifts: Mapping[str, float]) -> None:
         self.targets = targets
         self.overflows: dict[str, int] = {}
+        self.rounded: dict[str, int] = {}
+        self._shifts = shifts
         self._lock = threading.Lock()
         self._parts: dict[Deferred, list[torch.Tensor | None]] = {}
         self._left: dict[Deferred, int] = {}
@@ -239,10 +250,27 @@ class Filler:
             torch.cuda.synchronize(later.device)  # what other threads have copied on streams of their own
         later.store([part for part in parts if part is not None])
 
-    def overflow(self, tensor: str, count: int) -> None:
-        """Note finite values that a cast has made infinite."""
-        with self._lock:
-            self.overflows[tensor] = self.overflows.get(tensor, 0) + count
+    def put(self, source: torch.Tensor, number: int, part: Tile) -> None:
+        """Put values of a stored tensor, in the shape of a part's grid, where they belong, cast and shifted."""
+        target = self.tensor(number)
+        place = grid_of(target, part.sizes, part.mcore, self.targets[number].shard.start)
+        shift = self._shifts.get(part.mcore.tensor, 0.0)
+        name = part.hf.tensor
+        if shift:
+            place.copy_(source.float() + shift)
+            back = (place.float() - shift).to(source.dtype)
+            self._count(self.rounded, name, back != source)
+        else:
+            place.copy_(source)
+        if place.dtype != source.dtype and torch.finfo(place.dtype).max < torch.finfo(source.dtype).max:
+            self._count(self.overflows, name, torch.isinf(place) & torch.isfinite(source))
+        self.filled(number, part.num_elements)
+
+    def _count(self, counts: dict[str, int], tensor: str, where: torch.Tensor) -> None:
+        found = int(where.sum())
+        if found:
+            with self._lock:
+                counts[tensor] = counts.get(tensor, 0) + found
 
 
 class Lane:
@@ -300,8 +328,7 @@ class Lane:
                 for cut in job.cuts:
                     for part in restrict(cut.tile, block, mcore=False):
                         source = grid_of(memory, part.sizes, part.hf, block.start)
-                        self._put(part.hf.tensor, source, cut.target, part)
-                        self._filler.filled(cut.target, part.num_elements)
+                        self._filler.put(source, cut.target, part)
 
     def _stage(self, device: torch.device) -> _Stage:
         if device not in self._stages:
@@ -309,15 +336,6 @@ class Lane:
             self._stages[device] = (first, _Stage(device) if device.type == "cuda" else first)
         self._turn ^= 1
         return self._stages[device][self._turn]
-
-    def _put(self, name: str, source: torch.Tensor, number: int, part: Tile) -> None:
-        target = self._filler.tensor(number)
-        place = grid_of(target, part.sizes, part.mcore, self._filler.targets[number].shard.start)
-        place.copy_(source)
-        if place.dtype != source.dtype and torch.finfo(place.dtype).max < torch.finfo(source.dtype).max:
-            lost = int((torch.isinf(place) & torch.isfinite(source)).sum())
-            if lost:
-                self._filler.overflow(name, lost)
 
 
 class _Stage:

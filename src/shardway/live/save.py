@@ -306,9 +306,9 @@ def _mapping(config: Mapping[str, object], state: LiveState) -> ModelMapping | N
     """The tensors that belong to the model, where its family is known."""
     if not config:
         return None
-    layout = Layout.PER_LAYER if state.content_metadata.get("non_homogeneous_layers") else Layout.STACKED
+    layout = Layout.PER_LAYER if state.content_metadata.get("non_homogeneous_layers") else None
     try:
-        return map_model(HFConfig(config), layout)
+        return map_model(HFConfig(config), layout, variants=state.variants)
     except ShardwayError as error:
         if error.code is Code.ARCHITECTURE_UNSUPPORTED:
             return None
@@ -322,6 +322,7 @@ def _record(mapping: ModelMapping) -> Record:
         architecture=mapping.architecture,
         source="live",
         options={"layout": mapping.layout.value},
+        variants=mapping.variants,
         megatron_config=mapping.megatron_config,
     )
 

@@ -33,6 +33,7 @@ class LiveState:
         content_metadata: What the model was asked for when its state dict was made; stored in ``common.pt``.
         resizable: Keys of tensors whose global shape may differ from what the model's config says, because
             megatron-core pads them (``allow_shape_mismatch``: embeddings and output layer, on their first axis).
+        variants: In which of the forms that model families know the model is; the same on every rank.
         left_out: Places in the state dict of plain values that no tensor or object record can carry.
         is_snapshot: Whether the tensors are copies of its own.
         sources: The tensors; use `tensor_of`.
@@ -45,6 +46,7 @@ class LiveState:
     objects: tuple[ObjectShard, ...] = ()
     content_metadata: Mapping[str, object] = field(default_factory=dict)
     resizable: frozenset[str] = frozenset()
+    variants: Mapping[str, bool] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     is_snapshot: bool = False
     sources: Mapping[Place, Source] = field(default_factory=dict, repr=False)
@@ -58,6 +60,7 @@ class LiveState:
         *,
         content_metadata: Mapping[str, object] | None = None,
         resizable: Iterable[str] = (),
+        variants: Mapping[str, bool] | None = None,
         left_out: Iterable[str] = (),
     ) -> Self:
         """A state of these tensors and objects; what is held twice is kept once, as its lowest replica.
@@ -67,6 +70,7 @@ class LiveState:
             objects: Each record with its serialised bytes.
             content_metadata: See the class.
             resizable: See the class.
+            variants: See the class.
             left_out: See the class.
         """
         held: dict[Place, tuple[Shard, Source]] = {}
@@ -85,6 +89,7 @@ class LiveState:
             objects=tuple(record for record, _ in blobs.values()),
             content_metadata=dict(content_metadata or {}),
             resizable=frozenset(resizable),
+            variants=dict(variants or {}),
             left_out=tuple(left_out),
             sources={place: source for place, (_, source) in held.items()},
             blobs={key: data for key, (_, data) in blobs.items()},

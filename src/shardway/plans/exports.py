@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from shardway.core.collector import collector_paused
+from shardway.core.dtypes import dtype_of_torch
 from shardway.core.errors import Problems
 from shardway.core.tensors import Catalog, Chunk, StoredTensor
 from shardway.formats.safetensors import lay_out
@@ -51,6 +52,7 @@ def plan_export(
     config: Mapping[str, object],
     copied_files: tuple[tuple[str, str], ...],
     copies: Mapping[str, str],
+    narrowed: Mapping[str, str],
     destination: Path,
     options: ExportOptions,
 ) -> Plan:
@@ -62,6 +64,7 @@ def plan_export(
         config: The Hugging Face config that goes with it.
         copied_files: Files to go along: name in the destination, and path.
         copies: Tensors that the original held as copies of another one (name: which one), to be restored.
+        narrowed: Tensors that the original held in another type than Megatron does, and that type by torch's name.
         destination: The directory to be.
         options: What the user chose.
 
@@ -76,7 +79,11 @@ def plan_export(
     dtypes: dict[str, DType] = {}
     for tile in mapping.tiles:
         stored = source.catalog.tensors[tile.mcore.tensor].dtype
-        dtypes[tile.hf.tensor] = options.dtype if options.dtype is not None and stored.floating else stored
+        name = tile.hf.tensor
+        if options.dtype is not None and stored.floating:
+            dtypes[name] = options.dtype
+        else:
+            dtypes[name] = dtype_of_torch(narrowed[name]) if name in narrowed else stored
     wanted = [(name, dtypes[name], shape) for name, shape in mapping.hf.items()]
     shards = shard_tensors(wanted, options.max_shard_bytes or _shard_bytes(wanted))
     tensors: dict[str, StoredTensor] = {}
@@ -96,10 +103,11 @@ def plan_export(
         hf=Catalog(root=destination, tensors=tensors),
         mcore=source.catalog,
         streams=build_streams(mapping.tiles, tensors, source.catalog.tensors),
+        shifts=mapping.shifts,
         targets=tuple(targets),
         small_files=small_files,
         copied_files=copied_files,
-        notes=tuple(_notes(source, mapping, dtypes)),
+        notes=tuple(_notes(source, mapping, dtypes, narrowed)),
     )
 
 
@@ -109,11 +117,13 @@ def _shard_bytes(tensors: list[tuple[str, DType, Shape]]) -> int:
     return min(_LARGEST_SHARD_BYTES, max(_SMALLEST_SHARD_BYTES, -(-total // _SHARDS)))
 
 
-def _notes(source: TorchDistCheckpoint, mapping: ModelMapping, dtypes: Mapping[str, DType]) -> list[str]:
+def _notes(
+    source: TorchDistCheckpoint, mapping: ModelMapping, dtypes: Mapping[str, DType], narrowed: Mapping[str, str]
+) -> list[str]:
     cast: dict[tuple[str, str], set[str]] = {}
     for tile in mapping.tiles:
         stored, written = source.catalog.tensors[tile.mcore.tensor].dtype, dtypes[tile.hf.tensor]
-        if stored is not written:
+        if stored is not written and tile.hf.tensor not in narrowed:
             cast.setdefault((stored.name, written.name), set()).add(tile.hf.tensor)
     notes = [f"{len(names)} tensors were cast from {old} to {new}" for (old, new), names in cast.items()]
     left_out = sorted(filter(is_training_state, (*source.metadata.tensors, *source.metadata.objects)))

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from shardway.core.collector import collector_paused
+from shardway.core.dtypes import dtype_of_torch
 from shardway.core.errors import Code, Problems
 from shardway.core.tensors import Catalog, Chunk, StoredTensor
-from shardway.families.layout import Layout
 from shardway.formats.dcp import DcpChunk, DcpLocation, DcpTensor, write_metadata
 from shardway.formats.iterations import TRAIN_STATE
 from shardway.formats.torch_dist import common_pt, extra_state, metadata_json, train_state_pt
@@ -41,13 +41,11 @@ class ImportOptions:
     """What an import may be told.
 
     Attributes:
-        layout: How layers lie on disk.
         dtype: Type to cast floating-point tensors to; None keeps every tensor's bits.
         iteration: Number of the iteration folder; None for ``release``.
         max_file_bytes: No ``.distcp`` file grows larger, but for the least: one chunk of 4 KiB and what frames it.
     """
 
-    layout: Layout = Layout.STACKED
     dtype: DType | None = None
     iteration: int | None = 0
     max_file_bytes: int = 4 * 2**30
@@ -61,7 +59,7 @@ def plan_import(
 
     Args:
         source: The checkpoint, its headers read and checked.
-        mapping: The model's mapping in the layout that `options` names.
+        mapping: The model's mapping, in the layout and form that are wanted.
         destination: The iteration folder to be.
         options: What the user chose.
 
@@ -84,11 +82,10 @@ def plan_import(
             key: StoredTensor(key, dtypes[key], shape, tuple(laid.chunks[key])) for key, shape in mapping.mcore.items()
         },
     )
-    content = options.layout.content_metadata
     small_files = {
         ".metadata": laid.metadata(mapping, dtypes),
         "metadata.json": metadata_json(),
-        "common.pt": common_pt(options.iteration or 0, content),
+        "common.pt": common_pt(options.iteration or 0, mapping.content_metadata),
         TRAIN_STATE: train_state_pt(options.iteration or 0),
     }
     laid.blobs.clear()
@@ -104,6 +101,7 @@ def plan_import(
         targets=tuple(laid.targets),
         small_files=small_files,
         copied_files=tuple(copied.items()),
+        shifts=mapping.shifts,
         copies=matched.copies,
         notes=tuple(_notes(source, mapping, options.dtype, matched.left_out)),
     )
@@ -120,8 +118,19 @@ def _dtypes(
 ) -> dict[str, DType]:
     """The type of every Megatron tensor; tensors that would need two are problems."""
     parts: dict[str, dict[DType, str]] = {}
+    pinned = {key: dtype_of_torch(name) for key, name in mapping.dtypes.items()}
     for tile in mapping.tiles:
-        parts.setdefault(tile.mcore.tensor, {}).setdefault(wanted or tensors[tile.hf.tensor].dtype, tile.hf.tensor)
+        dtype = tensors[tile.hf.tensor].dtype
+        held = pinned.get(tile.mcore.tensor)
+        if held is not None and dtype.bits > held.bits:
+            problems.add(
+                Code.DTYPE_UNSUPPORTED,
+                f"{tile.hf.tensor} is {dtype.name}; Megatron holds it in {held.name}, which can't express that",
+                tensor=tile.hf.tensor,
+                file=tensors[tile.hf.tensor].chunks[0].file,
+                cure=f"cast it to {held.name} in the source",
+            )
+        parts.setdefault(tile.mcore.tensor, {}).setdefault(held or wanted or dtype, tile.hf.tensor)
     for key, found in parts.items():
         if len(found) > 1:
             problems.add(
@@ -132,6 +141,17 @@ def _dtypes(
                 cure="choose one dtype with --dtype, or, where layers differ, keep them apart with --layout per-layer",
             )
     return {key: next(iter(found)) for key, found in parts.items()}
+
+
+def widened(source: HuggingFaceCheckpoint, mapping: ModelMapping) -> dict[str, str]:
+    """Tensors that Megatron holds in a wider type than the source does, and the source's type by torch's name."""
+    found = {}
+    for tile in mapping.tiles:
+        held = mapping.dtypes.get(tile.mcore.tensor)
+        dtype = source.catalog.tensors[tile.hf.tensor].dtype.name
+        if held is not None and held != dtype:
+            found[tile.hf.tensor] = dtype
+    return found
 
 
 class _Laid:
@@ -208,9 +228,11 @@ def _notes(
 ) -> list[str]:
     notes = list(mapping.caveats)
     found: dict[str, int] = {}
+    held = {tile.hf.tensor: mapping.dtypes.get(tile.mcore.tensor) for tile in mapping.tiles} if mapping.dtypes else {}
     for name in mapping.hf:
         dtype = source.catalog.tensors[name].dtype.name
-        found[dtype] = found.get(dtype, 0) + 1
+        if dtype != held.get(name):
+            found[dtype] = found.get(dtype, 0) + 1
     declared = source.config.get("dtype", source.config.get("torch_dtype"))
     if wanted is not None:
         changed = {dtype: count for dtype, count in found.items() if dtype != wanted.name}

@@ -85,6 +85,7 @@ class Plan:
         targets: The large files to be created.
         small_files: Further files of the destination, whole: path relative to its root and contents.
         copied_files: Files to be copied as they are: destination path and source path, each relative to its root.
+        shifts: Megatron tensors whose values are the source's plus a number, computed in float32, and that number.
         copies: Hugging Face tensors that must be bit-equal copies of another one before anything is published.
         notes: What a user should know about the result, one sentence each.
     """
@@ -96,6 +97,7 @@ class Plan:
     targets: tuple[TargetFile, ...] = ()
     small_files: Mapping[str, bytes] = field(default_factory=dict)
     copied_files: tuple[tuple[str, str], ...] = ()
+    shifts: Mapping[str, float] = field(default_factory=dict)
     copies: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 

@@ -8,21 +8,23 @@ import numpy as np
 import xxhash
 
 from shardway.core.boxes import Box
-from shardway.core.tiles import linearise, restrict
+from shardway.core.tiles import addresses, restrict
 from shardway.plans.chunking import split_box
 from shardway.plans.model import Direction
 from shardway.plans.streams import frame
 from shardway.run.strided import gather, grid_view, raw_dtype, scatter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import numpy.typing as npt
 
     from shardway.core.dtypes import DType
     from shardway.core.tensors import Chunk
-    from shardway.plans.model import Plan, Stream
+    from shardway.core.tiles import Tile
+    from shardway.plans.model import Piece, Plan, Stream
     from shardway.run.files import Files
+    from shardway.run.losses import Losses
 
     Array = npt.NDArray[Any]
 
@@ -35,7 +37,7 @@ def move_blocks(
     hf: Files,
     mcore: Files,
     advance: Callable[[int], None],
-    overflows: dict[str, int],
+    losses: Losses,
 ) -> list[str]:
     """Move a stream block by block.
 
@@ -45,7 +47,7 @@ def move_blocks(
         hf: Open files of the Hugging Face side.
         mcore: Open files of the Megatron side.
         advance: Called with the bytes of the Megatron side that have passed.
-        overflows: Receives for each tensor how many finite values a cast made infinite.
+        losses: Receives what conversions of values lost.
 
     Returns:
         The xxh3-128 digest of each of the stream's chunks.
@@ -55,11 +57,11 @@ def move_blocks(
     done = [0] * len(stream.chunks)
     for block in blocks_of(stream):
         if importing:
-            memory = read_pieces(plan, stream, block, hf, stream.dtype, overflows)
+            memory = read_pieces(plan, stream, block, hf, losses)
             _write_chunks(stream, block, memory.reshape(block.size), mcore, hashers, done)
         else:
             memory = read_chunks(stream, block, mcore, hashers, done)
-            _write_pieces(plan, stream, block, hf, memory, overflows)
+            _write_pieces(plan, stream, block, hf, memory, losses)
         advance(memory.nbytes)
     if importing:
         for k, chunk in enumerate(stream.chunks):
@@ -111,42 +113,86 @@ def _write_chunks(
         done[k] += len(view)
 
 
-def read_pieces(plan: Plan, stream: Stream, block: Box, hf: Files, wanted: DType, overflows: dict[str, int]) -> Array:
-    """The elements of a block, row-major and cast to the `wanted` dtype, read from the Hugging Face side."""
-    memory = np.empty(block.num_elements, _array_type(wanted))
-    for piece in stream.pieces:
-        dtype = plan.hf.tensors[piece.tile.hf.tensor].dtype
-        for part in restrict(piece.tile, block, mcore=True):
-            grid = linearise(part, Box(piece.hf.start, piece.hf.size), block)
-            kind = _array_type(dtype)
-            offset = piece.hf.offset + grid.hf_offset * dtype.itemsize
-            values, _ = gather(hf, piece.hf.file, offset, grid.sizes, grid.hf_strides, kind)
-            target = grid_view(memory, grid.mcore_offset, grid.sizes, grid.mcore_strides)
-            target[...] = cast(values, dtype, wanted, part.hf.tensor, overflows)
+def read_pieces(plan: Plan, stream: Stream, block: Box, hf: Files, losses: Losses) -> Array:
+    """The elements of a block, row-major and as Megatron has them, read from the Hugging Face side."""
+    memory = np.empty(block.num_elements, _array_type(stream.dtype))
+    for part, values in parts_of(plan, stream, block, hf, losses):
+        part_of(memory, part, block)[...] = values
     return memory
 
 
-def _write_pieces(plan: Plan, stream: Stream, block: Box, hf: Files, memory: Array, overflows: dict[str, int]) -> None:
+def parts_of(plan: Plan, stream: Stream, block: Box, hf: Files, losses: Losses) -> Iterator[tuple[Tile, Array]]:
+    """The parts of tiles that lie in a block, each with its values as Megatron has them, read from the other side."""
+    shift = plan.shifts.get(stream.tensor, 0.0)
+    for piece, part in pieces_in(stream, block):
+        dtype = plan.hf.tensors[part.hf.tensor].dtype
+        yield part, convert(read_part(plan, piece, part, hf), dtype, stream.dtype, part.hf.tensor, losses, shift)
+
+
+def read_part(plan: Plan, piece: Piece, part: Tile, hf: Files) -> Array:
+    """The bits of a part of a piece, as the Hugging Face side has them, in the shape of the part's grid."""
+    dtype = plan.hf.tensors[part.hf.tensor].dtype
+    offset, strides = addresses(part.hf, Box(piece.hf.start, piece.hf.size))
+    at = piece.hf.offset + offset * dtype.itemsize
+    return gather(hf, piece.hf.file, at, part.sizes, tuple(strides), _array_type(dtype))[0]
+
+
+def part_of(memory: Array, part: Tile, block: Box) -> Array:
+    """The place of a part in the row-major memory of a block, in the shape of the part's grid."""
+    offset, strides = addresses(part.mcore, block)
+    return grid_view(memory, offset, part.sizes, tuple(strides))
+
+
+def as_exported(plan: Plan, stream: Stream, part: Tile, values: Array, losses: Losses) -> Array:
+    """A part's values, as Megatron has them, the way an export writes them."""
+    dtype = plan.hf.tensors[part.hf.tensor].dtype
+    return convert(values, stream.dtype, dtype, part.hf.tensor, losses, -plan.shifts.get(stream.tensor, 0.0))
+
+
+def _write_pieces(plan: Plan, stream: Stream, block: Box, hf: Files, memory: Array, losses: Losses) -> None:
+    for piece, part in pieces_in(stream, block):
+        converted = as_exported(plan, stream, part, part_of(memory, part, block), losses)
+        offset, strides = addresses(part.hf, Box(piece.hf.start, piece.hf.size))
+        scatter(hf, piece.hf.file, piece.hf.offset + offset * converted.itemsize, tuple(strides), converted)
+
+
+def pieces_in(stream: Stream, block: Box) -> Iterator[tuple[Piece, Tile]]:
+    """The pieces of a stream that reach into a block, each with a part of its tile that lies in the block."""
     for piece in stream.pieces:
-        dtype = plan.hf.tensors[piece.tile.hf.tensor].dtype
         for part in restrict(piece.tile, block, mcore=True):
-            grid = linearise(part, Box(piece.hf.start, piece.hf.size), block)
-            values = grid_view(memory, grid.mcore_offset, grid.sizes, grid.mcore_strides)
-            offset = piece.hf.offset + grid.hf_offset * dtype.itemsize
-            converted = cast(values, stream.dtype, dtype, part.hf.tensor, overflows)
-            scatter(hf, piece.hf.file, offset, grid.hf_strides, converted)
+            yield piece, part
 
 
-def cast(values: Array, source: DType, target: DType, tensor: str, overflows: dict[str, int]) -> Array:
-    """Values of `source` type as `target` type, rounded to nearest even; counts finite values that become infinite."""
-    if source is target:
+def convert(values: Array, source: DType, target: DType, tensor: str, losses: Losses, shift: float = 0.0) -> Array:
+    """Values of `source` type as `target` type, rounded to nearest even.
+
+    Args:
+        values: The bits of the values, as `raw_dtype` has them.
+        source: Their type.
+        target: The type wanted.
+        tensor: Name of the Hugging Face tensor that they belong to.
+        losses: Counts finite values that become infinite, and those that the shift doesn't give back.
+        shift: What is added to each value, in float32.
+
+    Returns:
+        The bits of the converted values.
+    """
+    if source is target and not shift:
         return values
     wide = values.view(source.numpy())
     with np.errstate(over="ignore", invalid="ignore"):
-        narrow = wide.astype(target.numpy())
+        if shift:
+            moved = wide.astype(np.float32) + np.float32(shift)
+            narrow = moved.astype(target.numpy())
+            back = (narrow.astype(np.float32) - np.float32(shift)).astype(source.numpy())
+            rounded = int(np.count_nonzero(back.view(values.dtype) != values))
+            if rounded:
+                losses.rounded[tensor] += rounded
+        else:
+            narrow = wide.astype(target.numpy())
         lost = int(np.count_nonzero(np.isinf(narrow) & np.isfinite(wide)))
     if lost:
-        overflows[tensor] = overflows.get(tensor, 0) + lost
+        losses.overflowed[tensor] += lost
     return narrow.view(_array_type(target))
 
 

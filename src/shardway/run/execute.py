@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections import Counter
 from typing import TYPE_CHECKING
 
 from shardway.core.errors import Code, Problem, Problems, ShardwayError
@@ -13,6 +12,7 @@ from shardway.run.clone import Cloner
 from shardway.run.engine import Engine, batches
 from shardway.run.files import Files, failing
 from shardway.run.flusher import Flusher
+from shardway.run.losses import Losses
 from shardway.run.mover import Mover
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def execute(
     num_workers: int,
     advance: Callable[[int], None],
     expected: ChunkDigests,
+    losses: Losses | None = None,
 ) -> ChunkDigests:
     """Write everything that a plan describes into a staging directory.
 
@@ -97,6 +98,7 @@ def execute(
         num_workers: Threads.
         advance: Called from the threads with the bytes of the Megatron side that have passed.
         expected: Digests that chunks which are read must have.
+        losses: Receives what conversions of values lost.
 
     Returns:
         The digest of every chunk of the Megatron side.
@@ -130,7 +132,10 @@ def execute(
                 flusher.finish(target.name for target in plan.targets)
         else:
             Engine(work, make_mover, num_workers).run()
-    _check_overflows(movers, plan)
+    losses = losses or Losses()
+    for mover in movers:
+        losses.add(mover.losses)
+    _check_overflows(losses, plan)
     for name, contents in plan.small_files.items():
         staging.write(name, contents)
     for name, source in plan.copied_files:
@@ -138,12 +143,9 @@ def execute(
     return {key: digest for mover in movers for key, digest in mover.digests.items()}
 
 
-def _check_overflows(movers: list[Mover], plan: Plan) -> None:
-    overflows: Counter[str] = Counter()
-    for mover in movers:
-        overflows.update(mover.overflows)
+def _check_overflows(losses: Losses, plan: Plan) -> None:
     problems = Problems()
-    for tensor, count in sorted(overflows.items()):
+    for tensor, count in sorted(losses.overflowed.items()):
         problems.add(
             Code.CAST_OVERFLOW,
             f"{count} finite values of {tensor} became infinite in the cast",

@@ -16,6 +16,7 @@ from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.core.tiles import linearise, runs
 from shardway.plans.model import Direction
 from shardway.plans.streams import frame
+from shardway.run.losses import Losses
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -69,7 +70,7 @@ class Mover:
         self._cloner = cloner
         self._buffer = memoryview(bytearray(BUFFER_BYTES))
         self.digests: dict[tuple[str, tuple[int, ...]], str] = {}
-        self.overflows: dict[str, int] = {}
+        self.losses = Losses()
 
     def move(self, stream: Stream) -> None:
         """Move one stream from end to end and record the digest of each of its chunks.
@@ -81,7 +82,7 @@ class Mover:
         if found is None:
             from shardway.run.blocks import move_blocks
 
-            digests = move_blocks(self._plan, stream, self._hf, self._mcore, self._advance, self.overflows)
+            digests = move_blocks(self._plan, stream, self._hf, self._mcore, self._advance, self.losses)
         elif self._plan.direction is Direction.IMPORT:
             digests = [self._import(stream, found)]
         else:
@@ -92,7 +93,7 @@ class Mover:
 
     def _runs(self, stream: Stream) -> list[Run] | None:
         """The stream as byte runs in chunk order; None where it has to be moved as strided blocks."""
-        if len(stream.chunks) != 1 or stream.dtype.bits % 8:
+        if len(stream.chunks) != 1 or stream.dtype.bits % 8 or stream.tensor in self._plan.shifts:
             return None
         itemsize = stream.dtype.itemsize
         found: list[Run] = []

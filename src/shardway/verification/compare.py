@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.core.tensors import Catalog
-from shardway.core.tiles import addresses, identity, restrict
+from shardway.core.tiles import identity
 from shardway.formats.huggingface import open_huggingface
 from shardway.formats.torch_dist import open_torch_dist
 from shardway.plans.model import Direction, Plan
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from shardway.core.boxes import Box
     from shardway.core.dtypes import DType
     from shardway.core.tiles import Tile
     from shardway.formats.record import ChunkDigests
@@ -190,22 +189,25 @@ class _Comparer:
         self._findings = findings
 
     def move(self, stream: Stream) -> None:
-        import numpy as np
         import xxhash
 
-        from shardway.run.blocks import blocks_of, cast, read_chunks, read_pieces
+        from shardway.run.blocks import as_exported, blocks_of, part_of, parts_of, pieces_in, read_chunks, read_part
+        from shardway.run.losses import Losses
         from shardway.run.mover import digest_mismatch
 
-        exporting = self._plan.direction is Direction.EXPORT
-        dtype = self._plan.hf.tensors[stream.pieces[0].tile.hf.tensor].dtype if exporting else stream.dtype
+        plan, losses = self._plan, Losses()
         hashers = [xxhash.xxh3_128() for _ in stream.chunks]
         done = [0] * len(stream.chunks)
         for block in blocks_of(stream):
             stored = read_chunks(stream, block, self._mcore, hashers, done)
-            ours = cast(stored, stream.dtype, dtype, stream.tensor, {})
-            theirs = read_pieces(self._plan, stream, block, self._hf, dtype, {})
-            if not np.array_equal(ours, theirs):
-                self._locate(stream, block, ours, theirs, dtype)
+            if plan.direction is Direction.EXPORT:  # as Hugging Face has the values: a cast may have rounded them
+                for piece, part in pieces_in(stream, block):
+                    ours = as_exported(plan, stream, part, part_of(stored, part, block), losses)
+                    theirs = read_part(plan, piece, part, self._hf)
+                    self._hold(part, ours, theirs, plan.hf.tensors[part.hf.tensor].dtype)
+            else:
+                for part, theirs in parts_of(plan, stream, block, self._hf, losses):
+                    self._hold(part, part_of(stored, part, block), theirs, stream.dtype)
             self._advance(stored.nbytes)
         for chunk, hasher, num_bytes in zip(stream.chunks, hashers, done, strict=True):
             expected = self._expected.get((stream.tensor, chunk.start))
@@ -214,26 +216,20 @@ class _Comparer:
                 error = digest_mismatch(stream.tensor, chunk, expected, digest, num_bytes)
                 self._findings.damage(error.problems)
 
-    def _locate(self, stream: Stream, block: Box, ours: Array, theirs: Array, dtype: DType) -> None:
+    def _hold(self, part: Tile, ours: Array, theirs: Array, dtype: DType) -> None:
+        """Hold the two sides of a part against each other, both in the shape of its grid."""
         import numpy as np
 
-        from shardway.run.strided import grid_view
-
-        for piece in stream.pieces:
-            for part in restrict(piece.tile, block, mcore=True):
-                # The grid's own axes, not merged: the place of an element in its tensor follows from them.
-                offset, strides = addresses(part.mcore, block)
-                left, right = (grid_view(side, offset, part.sizes, tuple(strides)) for side in (ours, theirs))
-                differing = np.argwhere(left != right)
-                if len(differing):
-                    places = differing @ _index_matrix(part) + np.array(part.hf.base, dtype=np.int64)
-                    first = min(map(tuple, places.tolist()))
-                    found = ValueDifference(
-                        num_elements=len(differing),
-                        first_index=first,
-                        max_abs=_max_abs(left[left != right], right[left != right], dtype),
-                    )
-                    self._findings.differ(part.hf.tensor, found)
+        if np.array_equal(ours, theirs):
+            return
+        differing = np.argwhere(ours != theirs)
+        places = differing @ _index_matrix(part) + np.array(part.hf.base, dtype=np.int64)
+        found = ValueDifference(
+            num_elements=len(differing),
+            first_index=min(map(tuple, places.tolist())),
+            max_abs=_max_abs(ours[ours != theirs], theirs[ours != theirs], dtype),
+        )
+        self._findings.differ(part.hf.tensor, found)
 
 
 def _index_matrix(tile: Tile) -> Array:

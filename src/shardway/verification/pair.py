@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from shardway.core.tiles import Side, Tile, identity
 from shardway.families.config import HFConfig
 from shardway.families.layout import Layout, layout_of
-from shardway.families.mapping import map_model
+from shardway.families.mapping import map_model, variants_in
 from shardway.formats.huggingface import CONFIG_FILE, HuggingFaceCheckpoint
 from shardway.formats.record import read_record
 from shardway.plans.model import Direction, Plan
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from shardway.core.tensors import Catalog, Shape, StoredTensor
+    from shardway.families.mapping import ModelMapping
     from shardway.formats.record import ChunkDigests
     from shardway.formats.torch_dist import TorchDistCheckpoint
     from shardway.run.progress import Progress
@@ -166,7 +167,8 @@ def _digests(checkpoint: TorchDistCheckpoint) -> ChunkDigests:
 def _across(hf: HuggingFaceCheckpoint, mcore: TorchDistCheckpoint, sides: tuple[str, str]) -> _Pair:
     """A Hugging Face and a Megatron checkpoint, by the mapping of the former's architecture."""
     config = HFConfig(hf.config, str(hf.catalog.root / CONFIG_FILE))
-    mapping = map_model(config, layout_of(mcore.catalog.tensors))
+    keys = mcore.catalog.tensors
+    mapping = map_model(config, layout_of(keys), variants=variants_in(config, hf=hf.catalog.tensors, mcore=keys))
     copies = {name: of for name, of in mapping.aliases.items() if name in hf.catalog.tensors}
     mapping = mapping.with_copies(copies)
     differences: list[Difference] = []
@@ -190,7 +192,7 @@ def _across(hf: HuggingFaceCheckpoint, mcore: TorchDistCheckpoint, sides: tuple[
         ]
         fit.append(ok)
     tiles = [tile for tile in mapping.tiles if tile.hf.tensor in fit[0] and tile.mcore.tensor in fit[1]]
-    return _compared(tiles, hf.catalog, mcore.catalog, differences, _digests(mcore))
+    return _compared(tiles, hf.catalog, mcore.catalog, differences, _digests(mcore), mapping)
 
 
 def _same_kind(a: Catalog, b: Catalog, a_digests: ChunkDigests, b_digests: ChunkDigests) -> _Pair:
@@ -243,18 +245,26 @@ def _by_tiles(tiles: list[Tile], hf: Catalog, mcore: Catalog, sides: tuple[str, 
 
 
 def _compared(
-    tiles: list[Tile], hf: Catalog, mcore: Catalog, differences: list[Difference], digests: ChunkDigests
+    tiles: list[Tile],
+    hf: Catalog,
+    mcore: Catalog,
+    differences: list[Difference],
+    digests: ChunkDigests,
+    mapping: ModelMapping | None = None,
 ) -> _Pair:
     mistyped = {}
+    held = mapping.dtypes if mapping else {}
     for tile in tiles:
         left, right = hf.tensors[tile.hf.tensor], mcore.tensors[tile.mcore.tensor]
-        if left.dtype is not right.dtype:
+        if left.dtype is not right.dtype and right.dtype.name != held.get(right.name):
             mistyped[left.name] = f"{left.dtype.name} against {right.dtype.name} in {right.name}"
     differences += [Difference(tensor=name, kind="dtype", detail=detail) for name, detail in mistyped.items()]
     wanted = {tile.mcore.tensor for tile in tiles}
     carried = {name: tensor for name, tensor in mcore.tensors.items() if name in wanted}
     streams = build_streams(tiles, hf.tensors, carried)
-    return _Pair(Plan(direction=Direction.COMPARE, hf=hf, mcore=mcore, streams=streams), differences, digests)
+    shifts = mapping.shifts if mapping else {}
+    plan = Plan(direction=Direction.COMPARE, hf=hf, mcore=mcore, streams=streams, shifts=shifts)
+    return _Pair(plan, differences, digests)
 
 
 def _missing(name: str, side: str) -> Difference:

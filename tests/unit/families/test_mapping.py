@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from unittest import mock
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tiny import ARCHITECTURES, Tiny
+from tests.property.tilings import indices
+from tests.tiny import ARCHITECTURES, Array, Tiny
 
 from shardway.core.errors import ShardwayError
 from shardway.families import registry
 from shardway.families.config import HFConfig
-from shardway.families.layout import Layout, has_extra_state, layout_of
+from shardway.families.layout import Layout, extra_state_keys, extra_state_module, layout_of
 from shardway.families.llama import LLAMA
 from shardway.families.mapping import map_model
-from shardway.families.rules import Mosaic, Part, Rule, expand, extent, rows, same
+from shardway.families.rules import Part, Rule, expand, extent, holds, qkv, rows, same, split
 
 LAYOUTS = st.sampled_from(list(Layout))
 
@@ -62,20 +65,51 @@ def test_extra_state_keys(layout: Layout) -> None:
 
 
 @pytest.mark.parametrize(
-    ("logical", "expected"),
+    ("key", "module"),
     [
-        ("decoder.layers.{i}.self_attention.linear_qkv.weight", True),
-        ("decoder.layers.{i}.self_attention.linear_qkv.layer_norm_weight", False),
-        ("decoder.layers.{i}.self_attention.linear_qkv.bias", False),
-        ("decoder.layers.{i}.mlp.router.weight", False),
-        ("decoder.final_layernorm.weight", True),
-        ("decoder.final_norm.weight", True),
-        ("embedding.word_embeddings.weight", False),
-        ("output_layer.weight", False),
+        ("decoder.layers.3.self_attention.linear_qkv.weight", "decoder.layers.3.self_attention.linear_qkv"),
+        ("decoder.layers.self_attention.linear_qkv.layer_norm_weight", None),
+        ("decoder.layers.self_attention.linear_qkv.bias", None),
+        ("decoder.layers.mlp.router.weight", None),
+        ("decoder.layers.mlp.router.expert_bias", None),
+        ("decoder.layers.mlp.shared_experts.gate_weight", None),
+        ("decoder.final_layernorm.weight", "decoder.final_layernorm"),
+        ("decoder.final_norm.weight", "decoder.final_norm"),
+        ("embedding.word_embeddings.weight", None),
+        ("output_layer.weight", None),
+        ("decoder.layers.0.mixer.in_proj.weight.z", "decoder.layers.0.mixer.in_proj"),
+        ("decoder.layers.0.mixer.conv1d.weight.x", None),
+        ("decoder.layers.0.mixer.norm.weight", None),
+        ("decoder.layers.0.self_attention.out_norm.weight", "decoder.layers.0.self_attention.out_norm"),
+        ("decoder.layers.0.mlp.fc1_latent_proj.weight", "decoder.layers.0.mlp.fc1_latent_proj"),
+        ("decoder.layers.self_attention.core_attention.softmax_offset", "decoder.layers.self_attention.core_attention"),
+        ("mtp.layers.0.eh_proj.weight", "mtp.layers.0.eh_proj"),
+        ("mtp.layers.0.enorm.weight", "mtp.layers.0.enorm"),
     ],
 )
-def test_which_modules_have_extra_state(logical: str, expected: bool) -> None:
-    assert has_extra_state(logical) is expected
+def test_which_modules_have_extra_state(key: str, module: str | None) -> None:
+    assert extra_state_module(key) == module
+
+
+@pytest.mark.parametrize(
+    ("module", "layer", "keys"),
+    [
+        ("decoder.layers.mlp.linear_fc1", 1, ["decoder.layers.mlp.linear_fc1._extra_state/shard_1_7"]),
+        ("decoder.layers.1.mlp.linear_fc1", None, ["decoder.layers.1.mlp.linear_fc1._extra_state/shard_0_1"]),
+        (
+            "d.mlp.experts.experts.linear_fc1",
+            1,
+            [f"d.mlp.experts.experts.linear_fc1._extra_state/shard_1.{e}_7.2" for e in range(2)],
+        ),
+        (
+            "d.1.mlp.experts.experts.linear_fc1",
+            None,
+            [f"d.1.mlp.experts.experts.linear_fc1._extra_state/shard_{e}_2" for e in range(2)],
+        ),
+    ],
+)
+def test_keys_of_extra_state(module: str, layer: int | None, keys: list[str]) -> None:
+    assert extra_state_keys(module, layer, 7, 2) == keys
 
 
 def test_only_buffers_that_the_config_determines_are_ignored() -> None:
@@ -133,21 +167,82 @@ def test_wrong_rules_are_refused(wrong: Rule, tensor: str, layout: Layout) -> No
 
 @given(
     dims=st.fixed_dictionaries({name: st.integers(1, 5) for name in ("G", "r", "d", "H")}),
-    parts=st.lists(st.sampled_from(["r*d", "d", "2*d", "3"]), min_size=1, max_size=3),
+    sizes=st.lists(st.sampled_from(["r*d", "d", "2*d", "3"]), min_size=1, max_size=3),
 )
 @settings(max_examples=60, deadline=None)
-def test_expanded_extents(dims: dict[str, int], parts: list[str]) -> None:
-    mosaic = Mosaic(tuple(Part(f"p{k}.{{i}}", part) for k, part in enumerate(parts)), ("H",), groups="G")
-    expanded = expand(mosaic, dims)
-    period = sum(extent(part, dims) for part in parts)
-    assert expanded.mcore_shape == (dims["G"] * period, dims["H"])
+def test_expanded_extents(dims: dict[str, int], sizes: list[str]) -> None:
+    expanded = expand(rows(*((f"p{k}.{{i}}", size) for k, size in enumerate(sizes)), trailing=("H",)), dims)
+    assert expanded.mcore_shape == (sum(extent(size, dims) for size in sizes), dims["H"])
     stacked = expanded.stack(7)
     assert stacked.mcore_shape == (7, *expanded.mcore_shape)
-    for k, (shape, tile) in enumerate(stacked.tiles("m", 5)):
+    for k, (shape, tile) in enumerate(stacked.tiles("m", {"i": 5}, 5)):
         assert tile.hf.tensor == f"p{k}.5"
-        assert shape == (dims["G"] * extent(parts[k], dims), dims["H"])
+        assert shape == (extent(sizes[k], dims), dims["H"])
         assert tile.mcore.base[0] == 5
         assert all(axis > 0 for axis, _ in tile.mcore.steps)
+
+
+def moved(parts: tuple[Part, ...], dims: dict[str, int], arrays: dict[str, Array]) -> Array:
+    """What the parts make of Hugging Face arrays, element by element."""
+    expanded = expand(parts, dims)
+    made = np.full(expanded.mcore_shape, -1)
+    for shape, tile in expanded.tiles("m", {}, None):
+        assert arrays[tile.hf.tensor].shape == shape
+        theirs, ours = indices(tile, mcore=False), indices(tile, mcore=True)
+        assert (made[tuple(ours.T)] == -1).all()
+        made[tuple(ours.T)] = arrays[tile.hf.tensor][tuple(theirs.T)]
+    assert (made >= 0).all()
+    return made
+
+
+@given(dims=st.fixed_dictionaries({name: st.integers(1, 4) for name in ("G", "r", "d", "H", "E", "F")}))
+@settings(max_examples=40, deadline=None)
+def test_axes_in_words_mean_what_numpy_says(dims: dict[str, int]) -> None:
+    G, r, d, H, E, F = (dims[name] for name in ("G", "r", "d", "H", "E", "F"))  # noqa: N806
+
+    def numbered(*shape: int, first: int = 0) -> Array:
+        return np.arange(first, first + math.prod(shape)).reshape(shape)
+
+    q, k, v = numbered(G * r * d, H), numbered(G * d, H, first=1000), numbered(G * d, H, first=2000)
+    expected = np.concatenate([q.reshape(G, -1, H), k.reshape(G, -1, H), v.reshape(G, -1, H)], axis=1).reshape(-1, H)
+    assert (moved(qkv(q="q", k="k", v="v", trailing=("H",)), dims, {"q": q, "k": k, "v": v}) == expected).all()
+
+    experts = {f"e{e}": numbered(F, H, first=1000 * e) for e in range(E)}
+    parts: tuple[Part, ...] = (Part("e{e}", "F H", "[e] F H"),)
+    assert (moved(parts, dims, experts) == np.stack(list(experts.values()))).all()
+
+    packed = numbered(E, H, 2 * F)
+    turned = packed.transpose(0, 2, 1)
+    parts = (
+        Part("w", "[e] H (F 1@0/2)", "[e] F@0/2*F H"),
+        Part("w", "[e] H (F 1@1/2)", "[e] F@F/2*F H"),
+    )
+    assert (moved(parts, dims, {"w": packed}) == np.concatenate([turned[:, 0::2], turned[:, 1::2]], axis=1)).all()
+
+    square = numbered(H, H)
+    assert (moved(same("s", "H", "H"), dims, {"s": square}) == square).all()
+    assert (moved((Part("s", "H H'", "H' H"),), dims, {"s": square}) == square.T).all()
+
+    fused = numbered(F + H, G)
+    (_, left), (_, right) = split("f", ("a", "F"), ("b", "H"), trailing=("G",))
+    assert (moved(left, dims, {"f": fused}) == fused[:F]).all()
+    assert (moved(right, dims, {"f": fused}) == fused[F:]).all()
+    assert (moved((Part("b", "1 E", "E"),), dims, {"b": numbered(1, E)}) == np.arange(E)).all()
+
+
+def test_parts_that_contradict_each_other_are_refused() -> None:
+    dims = {"F": 2, "H": 3}
+    with pytest.raises(ValueError, match="different words"):
+        expand((Part("a", "F H", "F"),), dims)
+    with pytest.raises(ValueError, match="different shapes"):
+        expand((Part("a", "F", "F"), Part("b", "H", "H")), dims)
+
+
+def test_conditions() -> None:
+    assert holds("", frozenset())
+    assert holds("moe !tied", frozenset({"moe"}))
+    assert not holds("moe !tied", frozenset({"moe", "tied"}))
+    assert not holds("moe", frozenset())
 
 
 def test_copies_cover_the_same_tensor() -> None:

@@ -114,7 +114,7 @@ def test_the_plan_of_an_import(layout: Layout, tmp_path: Path) -> None:
     Tiny(hidden=200, ffn=200, layers=3).write(tmp_path / "hf")
     source = open_huggingface(tmp_path / "hf")
     mapping = map_model(HFConfig(source.config), layout)
-    options = ImportOptions(layout=layout, max_file_bytes=200_000)
+    options = ImportOptions(max_file_bytes=200_000)
     plan = plan_import(source, mapping, tmp_path / "out", options)
     # What lies where: the literals, the frames and the streams fill every file without a gap.
     spans: dict[str, list[tuple[int, int]]] = {target.name: [] for target in plan.targets}

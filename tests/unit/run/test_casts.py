@@ -11,7 +11,8 @@ from tests.tiny import Tiny, bits, listing, read_distcp, read_safetensors, same,
 
 import shardway
 from shardway.core.dtypes import dtype_of_torch
-from shardway.run.blocks import cast
+from shardway.run.blocks import convert
+from shardway.run.losses import Losses, rounding_notes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,9 +30,9 @@ def with_torch(values: Array, source: str, target: str) -> Array:
 
 
 def ours(values: Array, source: str, target: str) -> tuple[Array, int]:
-    overflows: dict[str, int] = {}
-    found = cast(values, dtype_of_torch(source), dtype_of_torch(target), "w", overflows)
-    return found, overflows.get("w", 0)
+    losses = Losses()
+    found = convert(values, dtype_of_torch(source), dtype_of_torch(target), "w", losses)
+    return found, losses.overflowed["w"]
 
 
 def is_nan(values: Array, dtype: str) -> Array:
@@ -191,3 +192,20 @@ def test_infinities_and_nans_are_no_overflow(tmp_path: Path) -> None:
     assert np.isposinf(found[0])
     assert np.isneginf(found[1])
     assert np.isnan(found[2])
+
+
+def test_a_shift_is_taken_back_exactly_or_counted() -> None:
+    bf16, fp32 = dtype_of_torch("bfloat16"), dtype_of_torch("float32")
+    # Every bfloat16 from 2**-16 to 2 in size, of both signs: the difference has at most 24 significant bits.
+    sizes = np.arange(0x3780, 0x4000, dtype=np.uint16)
+    values = np.concatenate([sizes, sizes | np.uint16(0x8000)])
+    losses = Losses()
+    held = convert(values, bf16, fp32, "w", losses, -1.0)
+    assert (held.view(np.float32) == values.view(bf16.numpy()).astype(np.float64) - 1).all()
+    assert (convert(held, fp32, bf16, "w", losses, 1.0) == values).all()
+    assert not losses.rounded
+    # Smaller ones lose bits, and negative zero its sign.
+    lossy = np.array([0x2F81, 0x8000, 0x3F80], np.uint16)
+    convert(lossy, bf16, fp32, "w", losses, -1.0)
+    assert losses.rounded == {"w": 2}
+    assert "2 values of w were rounded" in rounding_notes(losses)[0]
