@@ -118,7 +118,7 @@ class AutoBridge:
         """
         from shardway.convert.exporting import export_hf
 
-        return export_hf(Path(megatron_path), Path(hf_path), **({"hf": self.root} if self.root else {}), **options)
+        return export_hf(Path(megatron_path), Path(hf_path), hf=self.root, **options)
 
     def load_hf_weights(
         self,
@@ -153,9 +153,9 @@ class AutoBridge:
     def load_megatron_weights(
         self, model: Sequence[nn.Module] | nn.Module, path: str | os.PathLike[str]
     ) -> Sequence[nn.Module] | nn.Module:
-        """Fill a live Megatron model from a torch_dist checkpoint, saved at any parallelism, without megatron-core's loader.
+        """Fill a live Megatron model from a torch_dist checkpoint, saved at any parallelism.
 
-        As `load_hf_weights`.
+        As `load_hf_weights`; megatron-core's loader has no part in it.
 
         Args:
             model: The model, or the list of its pipeline chunks on this rank.

@@ -70,7 +70,7 @@ def export_weights(
     """
     mosaic = Mosaic(mapping)
     planned = _plan(state, mosaic, groups, timeout_s)
-    values = Values(state)
+    values = Values(state, mapping.shifts)
     for name, shape in mapping.hf.items():
         gathering = planned.get(name)
         if gathering is None:

@@ -11,7 +11,7 @@ from shardway.live.cuts import TileIndex, tiles_by_tensor
 from shardway.live.memory import grid_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import torch
 
@@ -80,17 +80,25 @@ class Mosaic:
 
 
 class Values:
-    """The values of parts, as Hugging Face has them; the tensor that was asked for last is kept."""
+    """The values of parts, as Hugging Face has them; the tensor that was asked for last is kept.
 
-    def __init__(self, state: LiveState) -> None:
+    Args:
+        state: What this rank holds.
+        shifts: What Megatron's values of a tensor are more than Hugging Face's, by its key.
+    """
+
+    def __init__(self, state: LiveState, shifts: Mapping[str, float]) -> None:
         self._state = state
+        self._shifts = shifts
         self._last: tuple[Shard, torch.Tensor] | None = None
 
     def of(self, part: Part) -> torch.Tensor:
         """The values of a part in the shape of its grid: a view of the model's memory where it has them so."""
         if self._last is None or self._last[0] is not part.shard:
             self._last = (part.shard, self._state.tensor_of(part.shard))
-        return grid_of(self._last[1], part.tile.sizes, part.tile.mcore, part.shard.start)
+        grid = grid_of(self._last[1], part.tile.sizes, part.tile.mcore, part.shard.start)
+        shift = self._shifts.get(part.shard.key, 0.0)
+        return (grid.float() - shift).to(grid.dtype) if shift else grid
 
 
 def own_pieces(state: LiveState, mapping: ModelMapping) -> Iterator[HFPiece]:
@@ -99,7 +107,7 @@ def own_pieces(state: LiveState, mapping: ModelMapping) -> Iterator[HFPiece]:
     *Ranks*: local; nothing communicates.
     """
     parts = Mosaic(mapping).parts_of(state.shards)
-    values = Values(state)
+    values = Values(state, mapping.shifts)
     for name, shape in mapping.hf.items():
         for part in sorted(parts.get(name, ()), key=_position):
             for index, tensor in indexed(part.tile, values.of(part), len(shape)):
