@@ -33,6 +33,21 @@ COLLECTIVE_TIMEOUT_SECONDS = 30
 VOCABULARY_MULTIPLE = 128
 """Megatron-LM's default for --make-vocab-size-divisible-by, used wherever tensor parallelism splits the vocabulary."""
 
+# Ways of computing the same that need a GPU or Transformer Engine.
+_WITHOUT_CUDA = {
+    "apply_rope_fusion": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "cross_entropy_loss_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "moe_grouped_gemm": False,
+    "moe_permute_fusion": False,
+    "moe_shared_expert_overlap": False,
+    "moe_token_dispatcher_type": "allgather",
+    "persist_layer_norm": False,
+}
+
 _GPT_ARGUMENTS = {
     "vocab_size": "vocab_size",
     "seq_length": "max_sequence_length",
@@ -288,6 +303,7 @@ def _replace_cuda() -> None:
     import torch
     from megatron.core import tensor_parallel
     from megatron.core.fusions import fused_softmax
+    from megatron.core.transformer.moe import moe_utils
     from torch.overrides import TorchFunctionMode
 
     class NoGenerators:
@@ -309,6 +325,7 @@ def _replace_cuda() -> None:
     mock.patch.object(torch.cuda, "current_device", return_value=torch.device("cpu")).start()
     mock.patch.object(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor).start()
     mock.patch.object(tensor_parallel, "get_cuda_rng_tracker", NoGenerators).start()
+    mock.patch.object(moe_utils, "te_general_gemm", None, create=True).start()
     mock.patch.object(fused_softmax, "get_sliding_window_causal_mask", window_mask_on_cpu).start()
 
 
@@ -335,20 +352,22 @@ def _build(job: Mapping[str, Any]) -> Any:
     import torch
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer import TransformerConfig
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+    from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
     fields = dict(job["fields"])
     arguments = {name: fields.pop(field) for field, name in _GPT_ARGUMENTS.items() if field in fields}
     if job["tensor_parallel"] > 1:
         multiple = VOCABULARY_MULTIPLE * job["tensor_parallel"]
         arguments["vocab_size"] = -(-arguments["vocab_size"] // multiple) * multiple
-    activation = {"silu": torch.nn.functional.silu}[fields.pop("activation_func")]
+    activation = _activation(fields.pop("activation_func"))
     attributes = {field: fields.pop(field) for field in list(fields) if field.startswith("yarn_")}
-    unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(TransformerConfig)})
+    fields |= {field: value for field, value in _WITHOUT_CUDA.items() if field in fields}
+    kind = MLATransformerConfig if fields.get("multi_latent_attention") else TransformerConfig
+    unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(kind)})
     if unknown:
-        raise ValueError(f"neither GPTModel nor TransformerConfig knows {unknown}")
-    config = TransformerConfig(
+        raise ValueError(f"neither GPTModel nor {kind.__name__} knows {unknown}")
+    config = kind(
         **fields,
         activation_func=activation,
         tensor_model_parallel_size=job["tensor_parallel"],
@@ -359,7 +378,10 @@ def _build(job: Mapping[str, Any]) -> Any:
     )
     for name, value in attributes.items():  # GPTModel reads these from the config, which has no fields for them
         setattr(config, name, value)
-    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    if config.num_moe_experts or config.multi_latent_attention:
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization)
+    else:
+        spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     model = GPTModel(
         config,
         spec,
@@ -372,6 +394,21 @@ def _build(job: Mapping[str, Any]) -> Any:
         for parameter in model.parameters():
             parameter.fill_(torch.nan)  # what a load leaves out must not pass for a weight
     return model.eval()
+
+
+def _activation(name: str) -> Any:
+    """The function that a config's ``activation_func`` names, as `TransformerConfig` wants it."""
+    import torch
+    from megatron.core.activations import fast_gelu, quick_gelu, squared_relu
+
+    functions = {
+        "silu": torch.nn.functional.silu,
+        "gelu": torch.nn.functional.gelu,
+        "fast_gelu": fast_gelu,
+        "quick_gelu": quick_gelu,
+        "squared_relu": squared_relu,
+    }
+    return functions[name]
 
 
 def _load(model: Any, job: Mapping[str, Any]) -> tuple[set[str], set[str]]:

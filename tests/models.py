@@ -205,6 +205,17 @@ def tokens_for(spec: ModelSpec) -> list[list[int]]:
     return [[int(token) for token in row] for row in repeated.view(2, length)]
 
 
+def load_transformers(path: Path, *, dtype: torch.dtype | None = None) -> Any:
+    """The model that transformers loads from ``path``, ready to compute in ``dtype`` (float32 by default)."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32 if dtype is None else dtype, attn_implementation="eager", local_files_only=True
+    )
+    return model.eval()
+
+
 def logits_of(path: Path, tokens: list[list[int]], *, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Logits [sequences, length, vocabulary] of the model that transformers loads from ``path``, computed in ``dtype``.
 
@@ -214,14 +225,16 @@ def logits_of(path: Path, tokens: list[list[int]], *, dtype: torch.dtype | None 
         dtype: float32 by default.
     """
     import torch
-    import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32 if dtype is None else dtype, attn_implementation="eager", local_files_only=True
-    )
-    model.eval()
-    with torch.no_grad():
-        logits = model(torch.tensor(tokens), use_cache=False).logits
+    model = load_transformers(path, dtype=dtype)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        # oneDNN chooses its kernels anew in each call, and they round differently.
+        with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
+            logits = model(torch.tensor(tokens), use_cache=False).logits
+    finally:
+        torch.set_num_threads(num_threads)
     if not isinstance(logits, torch.Tensor):
         raise TypeError(f"{path}: the model returned {type(logits).__name__}, not logits")
     return logits

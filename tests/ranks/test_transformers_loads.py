@@ -6,7 +6,7 @@ import functools
 from typing import TYPE_CHECKING, Literal
 
 import pytest
-from tests.models import BY_NAME, MODELS, logits_of, tokens_for
+from tests.models import BY_NAME, MODELS, load_transformers, logits_of, tokens_for
 from tests.oracle import read_safetensors, same_bits
 
 import shardway
@@ -37,10 +37,23 @@ def exported(imported: Imported, tmp_path_factory: pytest.TempPathFactory) -> Im
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_logits_are_identical(name: str, exported: Imported, hf_logits: Callable[[str], torch.Tensor]) -> None:
+def test_transformers_loads_the_same_model(name: str, exported: Imported, hf_model: Callable[[str], Path]) -> None:
+    """Every parameter and buffer of the loaded model, so that its logits can't but be identical."""
     import torch
 
-    assert torch.equal(logits_of(exported(name), tokens_for(BY_NAME[name])), hf_logits(name))
+    ours, theirs = (load_transformers(path) for path in (exported(name), hf_model(name)))
+    assert ours.config.to_diff_dict() == theirs.config.to_diff_dict()
+    left, right = ({**dict(model.named_parameters()), **dict(model.named_buffers())} for model in (ours, theirs))
+    assert left.keys() == right.keys()
+    assert [key for key, value in right.items() if not torch.equal(left[key], value)] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_identical(name: str, exported: Imported, hf_logits: Callable[[str], torch.Tensor]) -> None:
+    """Identical but for how a matrix product may round from one call to the next: 2e-4 was seen on one machine."""
+    import torch
+
+    torch.testing.assert_close(logits_of(exported(name), tokens_for(BY_NAME[name])), hf_logits(name), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("layout", ["stacked", "per-layer"])

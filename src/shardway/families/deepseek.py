@@ -39,6 +39,7 @@ DEEPSEEK_V3 = Family(
         "shared_experts": lambda config: bool(config.get("n_shared_experts")),
     },
     stacks=mla.dense_then_moe,
+    kinds=("moe", "dense"),
     per_layer=True,
     variants=(moe.PACKED, mla.TE, mla.MTP),
     aliases=(gqa.TIED_HEAD, *mla.ALIASES),

@@ -113,6 +113,7 @@ class Family:
         flags: Flags that rules refer to: a constant, the config key that decides (absent means false), or a function.
         stacks: The layers by the placeholder that runs over them: ``i`` the decoder's, ``k`` those of multi-token
             prediction, ``j`` the layers inside these. Without ``i`` all L layers of the decoder are alike.
+        kinds: The kinds of layer that there are.
         per_layer: Megatron keeps the decoder's layers apart even where they are all alike.
         variants: Flags that the tensors' names decide.
         aliases: Tensors that may be present as copies of others.
@@ -131,6 +132,7 @@ class Family:
     dims: Callable[[HFConfig], dict[str, int]]
     flags: Mapping[str, bool | str | Callable[[HFConfig], bool]]
     stacks: Callable[[HFConfig, Dims], Mapping[str, Sequence[Layer]]] = no_stacks
+    kinds: tuple[str, ...] = ()
     per_layer: bool = False
     variants: tuple[Variant, ...] = ()
     aliases: tuple[Alias, ...] = ()

@@ -92,6 +92,7 @@ QWEN3_MOE = Family(
     dims=_moe_dims,
     flags={"qkv_bias": "attention_bias", "proj_bias": "attention_bias", "mlp_bias": False, "qk_norm": True},
     stacks=moe_layers,
+    kinds=("moe", "dense"),
     variants=(moe.PACKED, moe.TE),
     aliases=(gqa.TIED_HEAD,),
     fields=(*gqa.FIELDS, *moe.FIELDS, Field("attention_bias", "add_qkv_bias", default=False)),
