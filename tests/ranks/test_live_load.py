@@ -1,0 +1,152 @@
+"""Live models on real ranks: loaded from Hugging Face files and from Megatron checkpoints, handed out, saved again."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from tests.megatron import require
+from tests.models import logits_of
+from tests.oracle import read_safetensors, same_bits
+from tests.ranks.fleet import Ran, World
+from tests.ranks.load_tasks import tokens_of
+
+import shardway
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.ranks.fleet import Fleet
+
+pytestmark = pytest.mark.timeout(300)
+
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures/hf"
+Grid = dict[str, int]
+
+DENSE: list[Grid] = [{}, {"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}, {"pp": 2, "vpp": 2}]
+MOE: list[Grid] = [
+    {"ep": 2},
+    {"tp": 2, "ep": 2, "etp": 1},
+    {"tp": 2, "ep": 2, "etp": 2},
+    {"pp": 2, "ep": 2},
+    {"tp": 2, "pp": 2, "ep": 2, "etp": 1},
+]
+GRIDS: dict[str, list[Grid]] = {
+    "llama": DENSE,
+    "qwen3": DENSE[:-1],
+    "qwen3_moe": DENSE + MOE,
+    "deepseek_v3": DENSE[:-1] + MOE,
+}
+CASES = [(name, grid) for name, grids in GRIDS.items() for grid in grids]
+
+
+def ranks_of(grid: Grid) -> int:
+    dense = grid.get("tp", 1)
+    experts = grid.get("etp", dense) * grid.get("ep", 1)
+    return grid.get("pp", 1) * max(dense, experts)
+
+
+def named(case: tuple[str, Grid]) -> str:
+    return "-".join([case[0], *(f"{name}{size}" for name, size in case[1].items())])
+
+
+@pytest.fixture(scope="module")
+def ran(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[str, Grid]], tuple[Ran, Path]]:
+    """Runs all grids of one model when the first of them is asked for: (what the ranks say, folder)."""
+    require("transformers", "safetensors")
+    root = tmp_path_factory.mktemp("loads")
+
+    @functools.cache
+    def run(name: str) -> dict[str, Ran]:
+        hf = FIXTURES / name
+        shardway.import_hf(hf, root / name / "natural", layout="auto", fsync=False)
+        imported = [root / name / "natural"]
+        if name not in ("deepseek_v3",):
+            shardway.import_hf(hf, root / name / "per-layer", layout="per-layer", fsync=False)
+            imported.append(root / name / "per-layer")
+        worlds = []
+        for case in CASES:
+            if case[0] == name:
+                task = {
+                    "do": "through_a_grid",
+                    "hf": str(hf),
+                    "imported": [str(each / "iter_0000000") for each in imported],
+                    "grid": case[1],
+                    "save": str(root / named(case)),
+                }
+                tasks: list[dict[str, Any]] = [task]
+                if "vpp" not in case[1]:
+                    tasks.append(task | {"dtype": "float32", "save": None, "logits": str(root / f"{named(case)}.pt")})
+                worlds.append(World(ranks=ranks_of(case[1]), tasks=tasks, model=None))
+        return dict(zip([named(case) for case in CASES if case[0] == name], fleet.run(*worlds), strict=True))
+
+    return lambda case: (run(case[0])[named(case)], root)
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_every_load_gives_what_megatron_core_loads(
+    case: tuple[str, Grid], ran: Callable[[tuple[str, Grid]], tuple[Ran, Path]]
+) -> None:
+    """Compared bit by bit in the ranks; each reads its own bytes and no more."""
+    outcomes = ran(case)[0].of(0)
+    assert len(outcomes) == ranks_of(case[1])
+    for outcome in outcomes:
+        for read, num_bytes in zip(outcome.notes["read"], outcome.notes["bytes"], strict=True):
+            assert 0.5 * num_bytes <= read <= 1.05 * num_bytes
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "vpp" not in case[1]], ids=named)
+def test_logits_agree_with_transformers(
+    case: tuple[str, Grid], ran: Callable[[tuple[str, Grid]], tuple[Ran, Path]]
+) -> None:
+    import torch
+
+    root = ran(case)[1]
+    found = torch.load(root / f"{named(case)}.pt", weights_only=True)
+    np.testing.assert_allclose(found.numpy(), expected_logits(case[0]), rtol=0, atol=2e-4)
+
+
+@functools.cache
+def expected_logits(name: str) -> Any:
+    return logits_of(FIXTURES / name, tokens_of(256)).numpy()
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_pieces_and_whole_tensors_are_all_of_the_model(
+    case: tuple[str, Grid], ran: Callable[[tuple[str, Grid]], tuple[Ran, Path]]
+) -> None:
+    outcomes = ran(case)[0].of(0)
+    wanted = {name: tuple(tensor.shape) for name, tensor in read_safetensors(FIXTURES / case[0]).items()}
+    exported = {name: tuple(shape) for outcome in outcomes for name, shape in outcome.notes["exported"].items()}
+    assert exported == wanted
+    for outcome in outcomes:
+        order = list(outcome.notes["exported"])
+        assert order == [name for name in exported_order(case[0]) if name in set(order)]
+    held = {name: np.zeros(shape, bool) for name, shape in wanted.items()}
+    for outcome in outcomes:
+        for name, slices in outcome.notes["pieces"]:
+            held[name][tuple(slice(*each) for each in slices)] = True
+    assert [name for name, mask in held.items() if not mask.all()] == []
+
+
+@functools.cache
+def exported_order(name: str) -> list[str]:
+    from shardway.families.config import HFConfig
+    from shardway.families.mapping import map_model
+    from shardway.formats.huggingface import open_huggingface
+
+    checkpoint = open_huggingface(FIXTURES / name)
+    return list(map_model(HFConfig(checkpoint.config)).hf)
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_a_saved_directory_is_the_original(
+    case: tuple[str, Grid], ran: Callable[[tuple[str, Grid]], tuple[Ran, Path]]
+) -> None:
+    root = ran(case)[1]
+    before, after = read_safetensors(FIXTURES / case[0]), read_safetensors(root / named(case))
+    assert before.keys() == after.keys()
+    assert [name for name in before if not same_bits(before[name], after[name])] == []
