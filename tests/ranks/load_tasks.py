@@ -147,9 +147,7 @@ def _load_with_megatron(model: Sequence[Any], checkpoint: str) -> None:
 
     metadata = dist_checkpointing.load_content_metadata(checkpoint)
     names = ["model"] if len(model) == 1 else [f"model{number}" for number in range(len(model))]
-    wanted = {
-        name: chunk.sharded_state_dict(metadata=dict(metadata)) for name, chunk in zip(names, model, strict=True)
-    }
+    wanted = {name: chunk.sharded_state_dict(metadata=dict(metadata)) for name, chunk in zip(names, model, strict=True)}
     loaded = dist_checkpointing.load(wanted, checkpoint)
     for name, chunk in zip(names, model, strict=True):
         chunk.load_state_dict(loaded[name])
@@ -170,5 +168,3 @@ def _leave_logits(model: Sequence[Any], provider: Any, path: Path) -> None:
 def tokens_of(vocab_size: int) -> list[list[int]]:
     """Two sequences."""
     return [[(37 * i + 11 * row) % vocab_size for i in range(64)] for row in range(2)]
-
-

@@ -40,6 +40,13 @@ GRIDS: dict[str, list[Grid]] = {
     "qwen3_moe": DENSE + MOE,
     "deepseek_v3": DENSE[:-1] + MOE,
 }
+# The first is what megatron-core itself loads, without Transformer Engine.
+IMPORTS: dict[str, list[dict[str, Any]]] = {
+    "llama": [{}, {"layout": "per-layer"}],
+    "qwen3": [{}, {"layout": "per-layer"}],
+    "qwen3_moe": [{"spec": "local"}, {}, {"layout": "per-layer"}],
+    "deepseek_v3": [{"spec": "local"}, {}],
+}
 CASES = [(name, grid) for name, grids in GRIDS.items() for grid in grids]
 
 
@@ -62,11 +69,10 @@ def ran(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Callable[[tup
     @functools.cache
     def run(name: str) -> dict[str, Ran]:
         hf = FIXTURES / name
-        shardway.import_hf(hf, root / name / "natural", layout="auto", fsync=False)
-        imported = [root / name / "natural"]
-        if name not in ("deepseek_v3",):
-            shardway.import_hf(hf, root / name / "per-layer", layout="per-layer", fsync=False)
-            imported.append(root / name / "per-layer")
+        imported = []
+        for number, options in enumerate(IMPORTS[name]):
+            imported.append(root / name / str(number))
+            shardway.import_hf(hf, imported[-1], fsync=False, **options)
         worlds = []
         for case in CASES:
             if case[0] == name:

@@ -56,6 +56,8 @@ _PADDING: dict[str, object] = {"make_vocab_size_divisible_by": 128, "should_pad_
 _CONFIG_ATTRIBUTES = ("yarn_",)
 # What megatron-core's own layers have no kernels for.
 _WITHOUT_TRANSFORMER_ENGINE = {"moe_grouped_gemm": False, "moe_permute_fusion": False, "apply_rope_fusion": False}
+# The dispatcher that megatron-core has for a CPU; the other makes CUDA streams.
+_WITHOUT_GPU = {"moe_token_dispatcher_type": "allgather"}
 _SIZES = {
     "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size,
     "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size,
@@ -86,7 +88,7 @@ class MegatronProvider:
         dtype: torch.dtype,
         load: Callable[[Sequence[nn.Module]], object] | None = None,
     ) -> None:
-        kind = MLATransformerConfig if fields.get("multi_latent_attention") else TransformerConfig
+        kind = MLATransformerConfig if "kv_lora_rank" in fields else TransformerConfig
         known = {
             field.name: None if field.default is dataclasses.MISSING else field.default
             for field in dataclasses.fields(kind)
@@ -106,6 +108,8 @@ class MegatronProvider:
         }
         if not has_transformer_engine():
             defaults |= {name: value for name, value in _WITHOUT_TRANSFORMER_ENGINE.items() if name in fields}
+        if not torch.cuda.is_available():
+            defaults |= {name: value for name, value in _WITHOUT_GPU.items() if name in fields}
         problems = Problems()
         for name, value in {**fields, **defaults}.items():
             try:

@@ -7,6 +7,7 @@ them; nothing wider communicates, and every wait has a deadline.
 from __future__ import annotations
 
 import datetime as dt
+import json
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -90,21 +91,24 @@ def _plan(
     mine = mosaic.parts_of(state.shards)
     found = {name: Gathering(None, (tuple(parts),)) for name, parts in mine.items() if _is_whole(shapes[name], parts)}
     waiting = set(mine) - set(found)
+    ranks = [dist.get_process_group_ranks(group) for group in groups]
+    message = json.dumps(ranks).encode() + b"\n" + encode_table(state.shards, ())[1]
     for group in groups:
-        _, table = encode_table(state.shards, ())
-        tables = [decode_table(each) for each in _exchange(group, table, _device(state), timeout_s)]
-        held = [mosaic.parts_of(each.shards) for each in tables]
-        for name in sorted({name for each in held for name in each}):
-            shape = shapes[name]
-            known = found.get(name)
-            if known is not None and known.group is not None:
-                continue
-            if all(_is_whole(shape, each[name]) for each in held if name in each):
-                continue  # the same answer on every rank of the group, so that all of them come or none
-            chosen = _contributions([each.get(name, []) for each in held])
-            if cover_fault(shape, [part.tile for parts in chosen for part in parts], mcore=False) is None:
-                found[name] = Gathering(group, chosen)
-                waiting.discard(name)
+        said = [
+            each.partition(b"\n")
+            for each in _exchange(group, json.dumps(ranks).encode() + b"\n" + table, state, timeout_s)
+        ]
+        circle = _Circle(
+            members=dist.get_process_group_ranks(group),
+            groups=[json.loads(each) for each, _, _ in said],
+            held=[mosaic.parts_of(decode_table(each).shards) for _, _, each in said],
+        )
+        for name in sorted({name for each in circle.held for name in each}):
+            if not circle.is_settled(name, shapes[name]):
+                chosen = _contributions([each.get(name, []) for each in circle.held])
+                if _is_whole(shapes[name], [part for parts in chosen for part in parts]):
+                    found[name] = Gathering(group, chosen)
+                    waiting.discard(name)
     problems = Problems()
     for name in sorted(waiting):
         problems.add(
@@ -120,6 +124,37 @@ def _plan(
 
 def _is_whole(shape: Shape, parts: Sequence[Part]) -> bool:
     return cover_fault(shape, [part.tile for part in parts], mcore=False) is None
+
+
+class _Circle(NamedTuple):
+    """What the ranks of a group know of each other.
+
+    Attributes:
+        members: Their ranks in the job.
+        groups: For each of them the groups that it is in, by rank in the job, smallest first.
+        held: For each of them the parts that it holds, by tensor.
+    """
+
+    members: list[int]
+    groups: list[list[list[int]]]
+    held: list[dict[str, list[Part]]]
+
+    def is_settled(self, name: str, shape: Shape) -> bool:
+        """Whether each of those who hold a part has all of the tensor, or gets it in a smaller group.
+
+        The answer is the same on every rank of the group, so that all of them come to gather it or none.
+        """
+        holders = [place for place, held in enumerate(self.held) if name in held]
+        return all(_is_whole(shape, self.held[place][name]) for place in holders) or all(
+            any(self._is_whole_in(group, name, shape) for group in self.groups[place]) for place in holders
+        )
+
+    def _is_whole_in(self, group: list[int], name: str, shape: Shape) -> bool:
+        """Whether a smaller group holds all of a tensor."""
+        if len(group) >= len(self.members) or not set(group) <= set(self.members):
+            return False
+        inside = [self.held[self.members.index(rank)].get(name, []) for rank in group]
+        return _is_whole(shape, [part for parts in _contributions(inside) for part in parts])
 
 
 def _contributions(held: Sequence[Sequence[Part]]) -> tuple[tuple[Part, ...], ...]:
@@ -181,9 +216,9 @@ def _place(whole: torch.Tensor, part: Part) -> torch.Tensor:
     return grid_of(whole, part.tile.sizes, part.tile.hf, (0,) * whole.dim())
 
 
-def _exchange(group: dist.ProcessGroup, data: bytes, device: torch.device, timeout_s: float) -> list[bytes]:
+def _exchange(group: dist.ProcessGroup, data: bytes, state: LiveState, timeout_s: float) -> list[bytes]:
     """What every rank of a group has to say, by rank in the group."""
-    me = dist.get_rank(group)
+    me, device = dist.get_rank(group), _device(state)
     said = []
     for sender in range(dist.get_world_size(group)):
         size = torch.tensor([len(data)], dtype=torch.int64, device=device)
