@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
 from pathlib import Path
 
 import pytest
+from tests.megatron import require
 
 from shardway import Code
 from shardway.cli.main import main
@@ -44,6 +46,31 @@ def test_the_python_of_the_guide_works(tmp_path: Path, monkeypatch: pytest.Monke
     (code,) = [block for block in blocks("docs/guide/convert.md") if "import shardway" in block]
     exec(compile("\n".join(line[4:] for line in code.splitlines()), "convert.md", "exec"), {})
     assert Path("again/model.safetensors").exists()
+
+
+def test_the_worked_example_of_a_family_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the shapes that transformers gives such a model."""
+    require("torch", "transformers")
+    import torch
+    import transformers
+
+    from shardway.families import registry
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_BY_ARCHITECTURE", dict(registry._BY_ARCHITECTURE))
+    Path("scratch").mkdir()
+    config = transformers.Starcoder2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    with torch.device("meta"):
+        model = transformers.Starcoder2ForCausalLM(config)
+    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    Path("starcoder2").mkdir()
+    Path("starcoder2/shapes.json").write_text(json.dumps(shapes))
+    values = {**config.to_dict(), "architectures": ["Starcoder2ForCausalLM"]}
+    Path("starcoder2/config.json").write_text(json.dumps(values))
+    code = "\n".join(line[4:] for block in blocks("docs/guide/families.md") for line in block.splitlines())
+    exec(compile(code, "families.md", "exec"), {})
 
 
 def test_every_error_is_explained() -> None:

@@ -40,6 +40,7 @@ class FamilySpec:
         values: What its config has beside `COMMON`; None takes a key of `COMMON` away.
         layout: How megatron-core keeps the layers of such a model.
         stackable: Whether its layers are alike, so that both layouts apply.
+        released: The architecture that `edit` makes of it, where that is another.
         dtype: Of the weights.
         edit: Changes the written directory to what a released model looks like.
         megatron: Empty where megatron-core's own layers run such a model on a CPU; else why not.
@@ -53,6 +54,7 @@ class FamilySpec:
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     layout: Literal["stacked", "per-layer"] = "stacked"
     stackable: bool = True
+    released: str = ""
     dtype: str = "bfloat16"
     edit: Callable[[Path], None] | None = None
     megatron: str = ""

@@ -14,7 +14,8 @@ import shardway
 from shardway.families.config import HFConfig
 from shardway.families.mapping import map_model, variants_in
 from shardway.families.registry import FAMILIES
-from shardway.testing.families import check_family
+from shardway.formats.record import read_record
+from shardway.testing.families import check_family, check_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,13 +66,25 @@ def test_in_megatron_it_computes_the_same(
 def test_every_family_has_a_spec_and_every_word_of_its_rules_a_meaning() -> None:
     from tests.families.conftest import SPECS
 
-    listed = {spec.architecture for spec in SPECS.values()} | {
+    for family in FAMILIES:
+        check_words(family)
+    listed = {spec.released or spec.architecture for spec in SPECS.values()} | {
         "LlamaForCausalLM",  # tests/models.py has tiny models of these
         "MistralForCausalLM",
         "Qwen2ForCausalLM",
         "Qwen3ForCausalLM",
     }
     assert {architecture for family in FAMILIES for architecture in family.architectures} <= listed
+
+
+def test_layers_that_the_config_promises_and_the_weights_lack_are_reported(
+    family_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    report = shardway.import_hf(family_model("mimo_without_mtp"), tmp_path / "out", fsync=False)
+    assert any("1 layers of multi-token prediction" in note for note in report.notes)
+    record = read_record(tmp_path / "out/iter_0000000")
+    assert record is not None
+    assert "mtp_num_layers" not in record.megatron_config
 
 
 def test_the_config_says_which_form_is_meant(family_model: Callable[[str], Path]) -> None:

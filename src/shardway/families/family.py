@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 Dims = Mapping[str, int]
 
+Flags = Mapping[str, "bool | str | Callable[[HFConfig], bool]"]
+
 _MOST_LAYERS = 100_000  # every layer is enumerated, so a config must not be able to ask for billions
 
 # Megatron's name for the dimensions that every config has under one name or another.
@@ -130,7 +132,7 @@ class Family:
     architectures: tuple[str, ...]
     rules: tuple[Rule, ...]
     dims: Callable[[HFConfig], dict[str, int]]
-    flags: Mapping[str, bool | str | Callable[[HFConfig], bool]]
+    flags: Flags
     stacks: Callable[[HFConfig, Dims], Mapping[str, Sequence[Layer]]] = no_stacks
     kinds: tuple[str, ...] = ()
     per_layer: bool = False

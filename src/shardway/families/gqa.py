@@ -234,6 +234,15 @@ def caveats(config: HFConfig) -> list[str]:
 
     The weights are carried bit for bit all the same. Found by comparing logits with megatron-core 0.16.1.
     """
+    activation = config.get("hidden_act")
+    found = rope_caveats(config)
+    if activation not in (None, "silu", "swish"):
+        found.append(f"the translated config says silu, but the model's activation is {activation!r}")
+    return found
+
+
+def rope_caveats(config: HFConfig) -> list[str]:
+    """The caveats of rotary positions alone."""
     found = []
     parameters = config.rope
     kind = parameters["rope_type"]
@@ -243,7 +252,4 @@ def caveats(config: HFConfig) -> list[str]:
         other = {key: parameters.get(key, fixed) for key, fixed in _LLAMA3_FIXED.items()}
         if other != _LLAMA3_FIXED:
             found.append(f"megatron-core holds {_LLAMA3_FIXED} fixed for llama3 rotary scaling; this model has {other}")
-    activation = config.get("hidden_act")
-    if activation not in (None, "silu", "swish"):
-        found.append(f"the translated config says silu, but the model's activation is {activation!r}")
     return found

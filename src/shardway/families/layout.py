@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # The module that a tensor belongs to, where the tensor is the one by which Transformer Engine's modules are told.
 _WEIGHT = re.compile(r"(.+?)\.(?:weight(?:\..+)?|softmax_offset)")
+# Attention with learnable sinks; attention or an MLP that is one linear layer.
+_WHOLE = {"core_attention", "self_attention", "mlp"}
 _EXPERTS = ".experts.experts."
 
 
@@ -44,7 +46,7 @@ def extra_state_module(key: str) -> str | None:
         return None
     module = match[1]
     parent, _, kind = module.rpartition(".")
-    if kind == "core_attention" or kind.startswith("linear_") or kind.endswith("_proj"):
+    if kind in _WHOLE or kind.startswith("linear_") or kind.endswith("_proj"):
         return module
     return module if kind.endswith("norm") and not parent.endswith("mixer") else None
 

@@ -155,6 +155,12 @@ def map_model(
     metadata: dict[str, object] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     if layout is not natural:
         metadata["non_homogeneous_layers"] = True
+    fields = family.megatron_config(config, flags)
+    caveats = list(family.caveats(config))
+    promised = len(stacks.get("k", ()))
+    if promised and "mtp" not in flags:
+        fields.pop("mtp_num_layers", None)
+        caveats.append(f"config.json promises {promised} layers of multi-token prediction, which the weights lack")
     ignored = "|".join(re.escape(template).replace(r"\{i\}", r"\d+") for template in family.ignored)
     return ModelMapping(
         family=family.name,
@@ -170,9 +176,9 @@ def map_model(
         aliases=aliases,
         restored=restored,
         ignored=re.compile(ignored or r"(?!)"),
-        megatron_config=family.megatron_config(config, flags),
+        megatron_config=fields,
         content_metadata=metadata,
-        caveats=tuple(family.caveats(config)),
+        caveats=tuple(caveats),
     )
 
 

@@ -5,17 +5,48 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from shardway.core.errors import Code, Problem, ShardwayError
+from shardway.families.decilm import DECILM
 from shardway.families.deepseek import DEEPSEEK_V3
+from shardway.families.gemma import GEMMA, GEMMA2, GEMMA3
 from shardway.families.llama import LLAMA
+from shardway.families.mimo import MIMO
 from shardway.families.mistral import MISTRAL
+from shardway.families.nemotron import NEMOTRON
+from shardway.families.olmo import EXAONE4, OLMO2
+from shardway.families.phi import PHI3
 from shardway.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 
 if TYPE_CHECKING:
     from shardway.families.config import HFConfig
     from shardway.families.family import Family
 
-FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, DEEPSEEK_V3)
+FAMILIES: tuple[Family, ...] = (
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    QWEN3_MOE,
+    DEEPSEEK_V3,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    NEMOTRON,
+    PHI3,
+    OLMO2,
+    EXAONE4,
+    MIMO,
+    DECILM,
+)
 _BY_ARCHITECTURE = {architecture: family for family in FAMILIES for architecture in family.architectures}
+
+
+def register(family: Family) -> None:
+    """Let a family of one's own serve its architectures, in this process, before those that shardway has.
+
+    Args:
+        family: The family; `shardway.testing.families.check_family` says whether it keeps what shardway promises.
+    """
+    _BY_ARCHITECTURE.update(dict.fromkeys(family.architectures, family))
 
 
 def family_of(config: HFConfig) -> Family:

@@ -9,6 +9,7 @@ of a part means the same elements. From there:
 
 * ``(G r*d) H``: the first axis is `G` times `r*d` long.
 * ``F@F/2*F H``: of an axis that is `2*F` long, the stretch of `F` that begins at `F`.
+* ``(G r*d)@0/nq*d+2*G*d H``: the same of a whole axis: query heads in a tensor of queries, keys and values.
 * ``[e] F H``: the first axis has a place for each expert; the part is the one of `{e}`.
 * ``1 E``: an axis of extent 1.
 * ``H H'``: two walks of one length; the prime tells them apart.
@@ -122,6 +123,17 @@ def qkv(*, q: str, k: str, v: str, trailing: tuple[str, ...] = ()) -> tuple[Part
         Part(q, f"(G r*d){rest}", f"(G r*d@0/r*d+2*d){rest}"),
         Part(k, f"(G d){rest}", f"(G d@r*d/r*d+2*d){rest}"),
         Part(v, f"(G d){rest}", f"(G d@r*d+d/r*d+2*d){rest}"),
+    )
+
+
+def fused_qkv(hf: str, *, trailing: tuple[str, ...] = ()) -> tuple[Part, ...]:
+    """`qkv` of one tensor that holds all queries, then all keys, then all values."""
+    rest = " ".join(("", *trailing))
+    places = ("(G r*d)@0", "(G d)@G*r*d", "(G d)@G*r*d+G*d")
+    total = "/G*r*d+2*G*d"
+    return tuple(
+        Part(hf, f"{place}{total}{rest}", part.mcore_axes)
+        for place, part in zip(places, qkv(q="", k="", v="", trailing=trailing), strict=True)
     )
 
 
@@ -269,7 +281,7 @@ def _read_axes(text: str, dims: Mapping[str, int]) -> _Axes:
     base: list[int] = []
     walks: dict[str, tuple[int, int, int]] = {}
     index = None
-    for axis, factors in enumerate(_axes_of(text)):
+    for axis, (factors, place_of_axis) in enumerate(_axes_of(text)):
         stride, first = 1, 0
         along: list[tuple[str, tuple[int, int, int]]] = []
         for factor in reversed(factors):
@@ -284,25 +296,26 @@ def _read_axes(text: str, dims: Mapping[str, int]) -> _Axes:
                 along.append((word, (size, axis, stride)))
             first += extent(at, dims) * stride if at else 0
             stride *= extent(total, dims) if total else size
+        at, _, total = place_of_axis.partition("/")
         walks.update(reversed(along))
-        shape.append(stride)
-        base.append(first)
+        shape.append(extent(total, dims) if total else stride)
+        base.append(first + extent(at, dims) if at else first)
     return _Axes(tuple(shape), tuple(base), walks, index)
 
 
-def _axes_of(text: str) -> Iterator[list[str]]:
-    """The factors of each axis: ``"(G r*d) H"`` is ``[G, r*d], [H]``."""
+def _axes_of(text: str) -> Iterator[tuple[list[str], str]]:
+    """The factors of each axis, and where their product lies in it: ``"(G d)@0/T H"`` is `[G, d], "0/T"` and `[H]`."""
     inside: list[str] | None = None
-    for word in text.replace("(", " ( ").replace(")", " ) ").split():
+    for word in text.replace("(", " ( ").replace(")", " )").split():
         if word == "(":
             inside = []
-        elif word == ")":
-            yield inside or []
+        elif word[0] == ")":
+            yield inside or [], word[2:]
             inside = None
         elif inside is not None:
             inside.append(word)
         else:
-            yield [word]
+            yield [word], ""
 
 
 def _distinct(words: tuple[str, ...]) -> str:
