@@ -82,7 +82,7 @@ def through_a_grid(
                 assert tuple(piece.shape) == tuple(wanted[piece.name].shape), piece.name
                 assert _same(piece.tensor, wanted[piece.name][piece.slices].to(piece.tensor.dtype)), piece.name
                 pieces.append((piece.name, [(each.start, each.stop, each.step) for each in piece.slices]))
-        if save is not None and hasattr(bridge, "save_hf_pretrained"):
+        if save is not None:
             with collectives_forbidden():
                 bridge.save_hf_pretrained(model, save, distributed_timeout_minutes=1)
         if logits is not None:

@@ -67,7 +67,7 @@ def ran(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Callable[[tup
     root = tmp_path_factory.mktemp("loads")
 
     @functools.cache
-    def run(name: str) -> dict[str, Ran]:
+    def run(name: str) -> dict[str, Ran] | AssertionError:
         hf = FIXTURES / name
         imported = []
         for number, options in enumerate(IMPORTS[name]):
@@ -81,15 +81,25 @@ def ran(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Callable[[tup
                     "hf": str(hf),
                     "imported": [str(each / "iter_0000000") for each in imported],
                     "grid": case[1],
-                    "save": str(root / named(case)),
+                    "save": str(root / "saved" / named(case)),
                 }
                 tasks: list[dict[str, Any]] = [task]
                 if "vpp" not in case[1]:
                     tasks.append(task | {"dtype": "float32", "save": None, "logits": str(root / f"{named(case)}.pt")})
                 worlds.append(World(ranks=ranks_of(case[1]), tasks=tasks, model=None))
-        return dict(zip([named(case) for case in CASES if case[0] == name], fleet.run(*worlds), strict=True))
+        try:
+            ran = fleet.run(*worlds)
+        except AssertionError as error:
+            return error
+        return dict(zip([named(case) for case in CASES if case[0] == name], ran, strict=True))
 
-    return lambda case: (run(case[0])[named(case)], root)
+    def of(case: tuple[str, Grid]) -> tuple[Ran, Path]:
+        found = run(case[0])
+        if isinstance(found, AssertionError):
+            raise found
+        return found[named(case)], root
+
+    return of
 
 
 @pytest.mark.parametrize("case", CASES, ids=named)
@@ -153,6 +163,6 @@ def test_a_saved_directory_is_the_original(
     case: tuple[str, Grid], ran: Callable[[tuple[str, Grid]], tuple[Ran, Path]]
 ) -> None:
     root = ran(case)[1]
-    before, after = read_safetensors(FIXTURES / case[0]), read_safetensors(root / named(case))
+    before, after = read_safetensors(FIXTURES / case[0]), read_safetensors(root / "saved" / named(case))
     assert before.keys() == after.keys()
     assert [name for name in before if not same_bits(before[name], after[name])] == []

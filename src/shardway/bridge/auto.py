@@ -334,6 +334,69 @@ class AutoBridge:
 
         return export_hf_pieces(model, self.config)
 
+    def save_hf_pretrained(
+        self,
+        model: Sequence[nn.Module] | nn.Module,
+        path: str | os.PathLike[str],
+        show_progress: bool = True,
+        source_path: str | os.PathLike[str] | None = None,
+        strict: bool = True,
+        *,
+        distributed_timeout_minutes: float | None = None,
+        participants: Sequence[int] | None = None,
+        store: StoreLike | Literal["file"] | None = None,
+        dtype: str = "auto",
+        max_shard_size: str | int = "auto",
+        if_exists: Literal["error", "replace"] = "error",
+        config: CheckpointConfig | None = None,
+    ) -> SaveReport:
+        """Save a live Megatron model as a Hugging Face directory, with whoever of the job calls this; it can't hang.
+
+        No collective runs: as `save_megatron_model`, but for the files. Every rank writes its own pieces into place in
+        the safetensors files. Where the bridge has the original weights, tensors get their types, and are divided into
+        files, as there; a model that was not changed is saved bit for bit.
+
+        Args:
+            model: The model, or the list of its pipeline chunks on this rank.
+            path: The directory, on a filesystem that all ranks see.
+            show_progress: Accepted for compatibility.
+            source_path: Directory or cached Hub name of the original weights; by default the bridge's own.
+            strict: Accepted for compatibility: a save that is not complete always fails.
+            distributed_timeout_minutes: The most that any one wait may take; None for 10 minutes.
+            participants: See `save_megatron_model`.
+            store: See `save_megatron_model`.
+            dtype: ``"auto"``, or ``"bf16"``, ``"fp16"``, ``"fp32"`` for all tensors.
+            max_shard_size: Most tensor bytes in one file, or ``"auto"``.
+            if_exists: ``"error"``, or ``"replace"`` for a Hugging Face directory that is there already.
+            config: These together, and more; the single arguments that it covers are then not looked at.
+
+        Returns:
+            What was done.
+
+        Raises:
+            SaveIncomplete: Some part of the model has no holder among those who came within the deadline.
+            ShardwayError: What any rank ran into, the same on all of them. Nothing was published in either case.
+
+        *Ranks*: every rank that holds something which no other rank holds must call this; any other rank may.
+        """
+        del show_progress, strict
+        from shardway.convert.options import parse_dtype, parse_shard_size
+        from shardway.live.hf_save import save_huggingface
+        from shardway.live.save import CheckpointConfig, Companions
+
+        return save_huggingface(
+            model,
+            path,
+            companions=Companions(config=self.config, files=self.files),
+            source=_directory(source_path) if source_path is not None else self.root,
+            config=config
+            or CheckpointConfig(distributed_timeout_minutes=distributed_timeout_minutes, if_exists=if_exists),
+            participants=participants,
+            store=store,
+            dtype=parse_dtype(dtype),
+            max_shard_bytes=parse_shard_size(max_shard_size),
+        )
+
     def save_megatron_model(
         self,
         model: nn.Module | Sequence[nn.Module],

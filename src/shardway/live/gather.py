@@ -94,10 +94,7 @@ def _plan(
     ranks = [dist.get_process_group_ranks(group) for group in groups]
     message = json.dumps(ranks).encode() + b"\n" + encode_table(state.shards, ())[1]
     for group in groups:
-        said = [
-            each.partition(b"\n")
-            for each in _exchange(group, json.dumps(ranks).encode() + b"\n" + table, state, timeout_s)
-        ]
+        said = [each.partition(b"\n") for each in _exchange(group, message, state, timeout_s)]
         circle = _Circle(
             members=dist.get_process_group_ranks(group),
             groups=[json.loads(each) for each, _, _ in said],
