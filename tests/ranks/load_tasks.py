@@ -107,6 +107,7 @@ def model_of(
     """This rank's chunks of a model, unset; megatron-core's groups end with the context."""
     from megatron.core import parallel_state
 
+    _let_latent_attention_run()
     provider = bridge.to_megatron_provider(load_weights=False, dtype=dtype)
     provider.parallel_output = False
     for name, value in {**{SIZES[name]: size for name, size in grid.items()}, **(fields or {})}.items():
@@ -116,6 +117,31 @@ def model_of(
         yield provider, [_bare(chunk) for chunk in provider.provide_distributed_model(wrap_with_ddp=False)]
     finally:
         parallel_state.destroy_model_parallel()
+
+
+def _let_latent_attention_run() -> None:
+    """Stand in for the attention that megatron-core has only with Transformer Engine: keys and values of two sizes."""
+    import torch
+    from megatron.core.models.backends import LocalSpecProvider
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    class Attention(DotProductAttention):  # type: ignore[misc]
+        def __init__(
+            self, *args: Any, k_channels: int | None = None, v_channels: int | None = None, **rest: Any
+        ) -> None:
+            super().__init__(*args, **rest)
+            self.is_latent = k_channels is not None
+
+        def forward(self, query: Any, key: Any, value: Any, attention_mask: Any, *args: Any, **rest: Any) -> Any:
+            if not self.is_latent:
+                return super().forward(query, key, value, attention_mask, *args, **rest)
+            scores = torch.einsum("ibnd,jbnd->bnij", query, key) * self.softmax_scale
+            shares = torch.softmax(scores.masked_fill(attention_mask, -torch.inf), dim=-1)
+            return torch.einsum("bnij,jbnd->ibnd", shares, value).flatten(2)
+
+    LocalSpecProvider.core_attention = lambda _: Attention
+    multi_latent_attention.HAVE_TE = False
 
 
 def _bare(chunk: Any) -> Any:
