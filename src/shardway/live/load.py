@@ -20,6 +20,7 @@ from shardway.formats.huggingface import CONFIG_FILE, open_huggingface
 from shardway.formats.torch_dist import open_torch_dist
 from shardway.live.blocks import synchronise
 from shardway.live.cuts import cuts_of
+from shardway.live.extra_state import restore
 from shardway.live.fitting import check_model, match_stored, relate, tail_of
 from shardway.live.reader import Filler, Lane, Source, jobs_of, same_bytes
 from shardway.plans.matching import is_training_state, match_huggingface, tied_problem
@@ -28,7 +29,7 @@ from shardway.run.engine import parse_workers
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import nn
 
@@ -155,7 +156,8 @@ def load_torch_dist(
     problems.raise_if_any()
     notes = () if mapping is None or stored is None else _left_out(stored, mapping)
     with Source(checkpoint.root) as source:
-        return _fill(memory, tiles, {}, checkpoint.catalog, source, threads, began, notes)
+        report = _fill(memory, tiles, {}, checkpoint.catalog, source, threads, began, notes)
+    return replace(report, notes=report.notes + restore(_extra_states(model), checkpoint))
 
 
 def _threads(workers: int | None) -> int:
@@ -166,6 +168,12 @@ def _memory(model: nn.Module | Sequence[nn.Module]) -> ModelMemory:
     from shardway.live.megatron import megatron_memory  # megatron-core takes seconds to import
 
     return megatron_memory(model)
+
+
+def _extra_states(model: nn.Module | Sequence[nn.Module]) -> dict[str, Callable[[object], None]]:
+    from shardway.live.megatron import extra_states
+
+    return extra_states(model)
 
 
 def _mapping(config: HFConfig, memory: ModelMemory, variants: Mapping[str, bool]) -> ModelMapping:

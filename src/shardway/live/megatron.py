@@ -45,6 +45,7 @@ _REPLICA_RADIX = 2**20
 # What Megatron Bridge stores with every checkpoint; without the first, newer releases write another layout.
 _CONTENT_METADATA: dict[str, object] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 _NOT_STORED = "dp_cp_group"  # a process group that megatron-core adds for its own use
+_EXTRA_STATE = "._extra_state"
 _TRANSFORMER_ENGINE = "megatron.core.extensions.transformer_engine"
 
 
@@ -245,6 +246,23 @@ def _quantiser(parameter: torch.Tensor) -> Callable[[Sequence[torch.Tensor]], No
             parameter.copy_(parts[0].reshape(parameter.shape))
 
     return store
+
+
+def extra_states(model: nn.Module | Sequence[nn.Module]) -> dict[str, Callable[[object], None]]:
+    """What takes the ``_extra_state`` of each module that has one, by its key on disk.
+
+    *Ranks*: local.
+    """
+    problems = Problems()
+    chunks = _chunks(model)
+    found: dict[str, Callable[[object], None]] = {}
+    for path, leaf, _ in _described(model, _content(model, None, problems), problems):
+        if isinstance(leaf, ShardedObject) and path.endswith(_EXTRA_STATE):
+            prefix, _, name = path.removesuffix(_EXTRA_STATE).partition(".")
+            chunk = chunks[int(prefix.removeprefix("model") or 0)]
+            with contextlib.suppress(AttributeError):  # a module that a state dict names otherwise
+                found[leaf.unique_key] = chunk.get_submodule(name).set_extra_state
+    return found
 
 
 def model_parallel_groups() -> list[dist.ProcessGroup]:
