@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.families.registry import FAMILIES
-from shardway.formats.huggingface import CONFIG_FILE, read_companions, read_small_files
+from shardway.formats.huggingface import CONFIG_FILE, is_tokenizer_file, read_companions, read_small_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from shardway.live.pieces import HFPiece
     from shardway.live.rendezvous import StoreLike
     from shardway.live.save import AsyncSave, CheckpointConfig, SaveReport
-
-_TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece")
-_TOKENIZER_SUFFIXES = (".model", ".tiktoken", ".jinja")
 
 
 class AutoBridge:
@@ -461,8 +458,8 @@ class AutoBridge:
         files = dict(self.files)
         if hf_tokenizer_path is not None:
             root = _directory(hf_tokenizer_path)
-            files = {name: file for name, file in files.items() if not _is_tokenizer(name)}
-            files |= {file.name: root / file.name for file in read_small_files(root) if _is_tokenizer(file.name)}
+            files = {name: file for name, file in files.items() if not is_tokenizer_file(name)}
+            files |= {file.name: root / file.name for file in read_small_files(root) if is_tokenizer_file(file.name)}
         saved = save_megatron_model(
             model,
             path,
@@ -491,10 +488,6 @@ class AutoBridge:
         from shardway.live.export import provider_of
 
         return provider_of(self.config, load=load, dtype=dtype, weights=weights)
-
-
-def _is_tokenizer(name: str) -> bool:
-    return name.startswith(_TOKENIZER) or name.endswith(_TOKENIZER_SUFFIXES)
 
 
 def _directory(path: str | os.PathLike[str]) -> Path:

@@ -62,6 +62,8 @@ def _import(chosen: argparse.Namespace) -> int:
             dtype=chosen.dtype,
             layout=chosen.layout,
             spec=chosen.spec,
+            target=chosen.target,
+            bridge_version=chosen.bridge_version,
             iteration=chosen.iteration,
             release=chosen.release,
             if_exists=chosen.if_exists,

@@ -72,6 +72,19 @@ def build_parser() -> argparse.ArgumentParser:
         default="te",
         help="names of norms as Transformer Engine's layers have them (default), or megatron-core's own",
     )
+    command.add_argument(
+        "--for",
+        dest="target",
+        choices=("megatron-bridge", "megatron-lm"),
+        default="megatron-bridge",
+        help="whose config to write along: run_config.yaml (default), or the arguments that Megatron-LM reads",
+    )
+    command.add_argument(
+        "--bridge-version",
+        choices=("0.7.0", "0.3.1"),
+        default="0.7.0",
+        help="which Megatron Bridge run_config.yaml is for (default: 0.7.0)",
+    )
     which = command.add_mutually_exclusive_group()
     which.add_argument("--iteration", type=int, default=0, metavar="N", help="number of the iteration (default: 0)")
     which.add_argument("--release", action="store_true", help="write release/ instead of an iteration")

@@ -8,9 +8,10 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from shardway.convert.configuring import config_json, restored_config
 from shardway.convert.options import IfExists, choice, parse_dtype, parse_shard_size
 from shardway.convert.report import ConversionReport
-from shardway.core.errors import Code, Problem, ShardwayError
+from shardway.core.errors import ShardwayError
 from shardway.families.config import HFConfig
 from shardway.families.layout import layout_of
 from shardway.families.mapping import map_model, variants_in
@@ -18,7 +19,6 @@ from shardway.formats.huggingface import CONFIG_FILE, open_huggingface, read_com
 from shardway.formats.record import read_record
 from shardway.formats.torch_dist import open_torch_dist
 from shardway.plans.exports import ExportOptions, plan_export
-from shardway.plans.imports import HF_FOLDER
 from shardway.plans.streams import build_streams
 from shardway.run.destination import in_the_way
 from shardway.run.engine import parse_workers
@@ -61,7 +61,8 @@ def export_hf(
         source: Root of the checkpoint, where the tracker file names the iteration, or an iteration folder.
         destination: Directory to be made.
         hf: Directory with ``config.json``, tokenizer and other small files; by default the ``hf`` folder that an
-            import left in the iteration folder.
+            import left in the iteration folder, or else what Megatron's own config there says (run_config.yaml or
+            ``args``), where that is enough.
         dtype: ``"auto"`` keeps every tensor's bits; ``"bf16"``, ``"fp16"``, ``"fp32"`` cast floating-point tensors.
         max_shard_size: Most tensor bytes in one safetensors file: bytes, or text such as ``"5GB"``.
             ``"auto"``: 5 GB, or less where that makes eight files of at least 512 MB, which are written side by side.
@@ -138,7 +139,7 @@ def prepare_export(checkpoint: TorchDistCheckpoint, hf: Path | None, target: Pat
 
     Args:
         checkpoint: The checkpoint, its training state left out.
-        hf: Directory with the config; None for the one inside the checkpoint.
+        hf: Directory with the config; None for the one inside the checkpoint, or what its Megatron config says.
         target: Directory to be made.
         options: What the user chose.
 
@@ -146,17 +147,13 @@ def prepare_export(checkpoint: TorchDistCheckpoint, hf: Path | None, target: Pat
         ShardwayError: `config-missing`, `record-invalid`, and what `map_model` and `plan_export` raise.
     """
     companions = hf or checkpoint.hf_dir
+    restored = None
     if companions is None:
-        raise ShardwayError(
-            Problem(
-                code=Code.CONFIG_MISSING,
-                what="the checkpoint says nothing about the Hugging Face model that it belongs to",
-                file=checkpoint.root,
-                facts=(f"there is no folder {HF_FOLDER} in it",),
-                cure="pass --hf DIR, a directory with the model's config.json and tokenizer",
-            )
-        )
-    config, small_files = read_companions(companions)
+        companions, restored = checkpoint.root, restored_config(checkpoint)
+        config, copied = restored.config, restored.files
+    else:
+        config, small_files = read_companions(companions)
+        copied = tuple((file.name, file.name) for file in small_files)
     record = read_record(checkpoint.root)
     hf_config = HFConfig(config, str(companions / CONFIG_FILE))
     keys = checkpoint.catalog.tensors
@@ -165,8 +162,10 @@ def prepare_export(checkpoint: TorchDistCheckpoint, hf: Path | None, target: Pat
     known = record.copies if record else mapping.restored
     copies = {name: of for name, of in known.items() if mapping.aliases.get(name) == of}
     narrowed = record.dtypes if record else {}
-    copied = tuple((file.name, file.name) for file in small_files)
     plan = plan_export(checkpoint, mapping, config, copied, copies, narrowed, target, options)
+    if restored is not None:
+        small = {CONFIG_FILE: config_json(config), **plan.small_files}
+        plan = dataclasses.replace(plan, small_files=small, notes=(restored.note, *plan.notes))
     return ExportJob(plan, mapping, companions, record.digests if record else {})
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from shardway import __version__
 from shardway.convert.options import (
+    For,
     IfExists,
     Spec,
     choice,
@@ -17,6 +18,7 @@ from shardway.convert.options import (
 )
 from shardway.convert.report import ConversionReport
 from shardway.core.errors import Code, Problem, ShardwayError
+from shardway.families.bridge import BridgeVersion
 from shardway.families.config import HFConfig
 from shardway.families.layout import Layout
 from shardway.families.mapping import map_model, variants_in
@@ -49,6 +51,8 @@ def import_hf(
     dtype: str = "auto",
     layout: str = "auto",
     spec: str = "te",
+    target: str = "megatron-bridge",
+    bridge_version: str = "0.7.0",
     iteration: int = 0,
     release: bool = False,
     if_exists: str = "error",
@@ -71,6 +75,9 @@ def import_hf(
         layout: ``"stacked"`` (layers on a leading axis), ``"per-layer"``, or ``"auto"`` for what Megatron expects.
         spec: Whose names a few norms get: ``"te"`` for models of Transformer Engine layers, ``"local"`` for those of
             megatron-core's own.
+        target: Who is to take the checkpoint as its own: ``"megatron-bridge"`` finds its run_config.yaml and tokenizer
+            in it, ``"megatron-lm"`` the arguments for ``--use-checkpoint-args``.
+        bridge_version: Which Megatron Bridge run_config.yaml is for: ``"0.7.0"`` or ``"0.3.1"``.
         iteration: Number of the iteration folder, at least 0.
         release: Write ``release/`` instead of an iteration folder.
         if_exists: ``"error"``; ``"reuse"`` accepts a complete checkpoint made from the same source with the same
@@ -96,7 +103,11 @@ def import_hf(
         raise invalid_option("iteration", iteration, "a number from 0 to 9999999")
     wanted = None if layout == "auto" else choice("layout", layout, Layout)
     names = choice("spec", spec, Spec)
+    taker = choice("target", target, For)
+    version = choice("bridge_version", bridge_version, BridgeVersion)
     options = ImportOptions(
+        bridge=version if taker is For.BRIDGE else None,
+        megatron_lm=taker is For.MEGATRON_LM,
         dtype=parse_dtype(dtype),
         iteration=None if release else iteration,
         max_file_bytes=parse_size("max_file_size", max_file_size),
@@ -184,6 +195,7 @@ def _record(checkpoint: HuggingFaceCheckpoint, mapping: ModelMapping, plan: Plan
             "layout": mapping.layout.value,
             "dtype": options.dtype.name if options.dtype else "auto",
             "max_file_bytes": options.max_file_bytes,
+            "for": f"megatron-bridge {options.bridge}" if options.bridge else "megatron-lm",
         },
         copies=plan.copies,
         variants=mapping.variants,

@@ -38,6 +38,13 @@ class Spec(enum.StrEnum):
     LOCAL = "local"
 
 
+class For(enum.StrEnum):
+    """Who is to take an imported checkpoint as its own."""
+
+    BRIDGE = "megatron-bridge"
+    MEGATRON_LM = "megatron-lm"
+
+
 def choice(name: str, value: str, allowed: type[_Choice]) -> _Choice:
     """A member of an enumeration by its value.
 

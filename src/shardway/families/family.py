@@ -97,6 +97,24 @@ class Alias:
     restored: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provider:
+    """What Megatron Bridge builds a model of the family with, beside the fields of megatron-core's config.
+
+    Attributes:
+        target: Dotted name of its class.
+        fields: Further fields of that class, as YAML has them.
+        vocabulary_multiple: What it pads the vocabulary to a multiple of; None for the largest power of two up to 128
+            that the vocabulary is a multiple of.
+        layer_spec: Dotted name of the function that gives the layers, where the class's own isn't the one.
+    """
+
+    target: str = "megatron.bridge.models.gpt_provider.GPTModelProvider"
+    fields: Mapping[str, object] = field(default_factory=dict)
+    vocabulary_multiple: int | None = None
+    layer_spec: str = ""
+
+
 def no_stacks(_: HFConfig, __: Dims) -> dict[str, Sequence[Layer]]:
     """The layers of a model that are all alike."""
     return {}
@@ -121,6 +139,10 @@ class Family:
         aliases: Tensors that may be present as copies of others.
         extra_state: Modules that keep an ``_extra_state`` beside those that `layout.has_extra_state` names.
         tied_by_default: What an absent ``tie_word_embeddings`` means.
+        provider: What Megatron Bridge builds such a model with.
+        hf_keys: Keys of config.json for dimensions that most families have under another key (`restore.DIMENSIONS`).
+        restore: Computes from Megatron config fields what config.json has beside dimensions and `fields`; None for
+            families whose config.json can't be told from Megatron's.
         fields: Config values that carry over under another name.
         constants: Megatron config fields that hold for every model of the family.
         derived: Computes further Megatron config fields from the config.
@@ -140,6 +162,9 @@ class Family:
     aliases: tuple[Alias, ...] = ()
     extra_state: tuple[str, ...] = ()
     tied_by_default: bool = False
+    provider: Provider = Provider()
+    hf_keys: Mapping[str, str] = field(default_factory=dict)
+    restore: Callable[[Mapping[str, object]], dict[str, object]] | None = None
     fields: tuple[Field, ...] = ()
     constants: Mapping[str, object]
     derived: Callable[[HFConfig], dict[str, object]]

@@ -10,7 +10,7 @@ from shardway.families.family import Alias, Field
 from shardway.families.rules import Rule, qkv, rows, same
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from shardway.families.config import HFConfig
 
@@ -227,6 +227,51 @@ def window(config: HFConfig) -> dict[str, object]:
     if not any(windowed):
         return {}
     return fields if all(windowed) else fields | {"window_attn_skip_freq": windowed}
+
+
+def restore(fields: Mapping[str, object]) -> dict[str, object]:
+    """What config.json has beside dimensions and `FIELDS`; the way back from `derived`."""
+    return {"hidden_act": fields.get("activation_func", "silu")} | restore_rope(fields) | restore_window(fields)
+
+
+def restore_rope(fields: Mapping[str, object]) -> dict[str, object]:
+    """Rotary position parameters in the spelling of released models; the way back from `rope`."""
+    config: dict[str, object] = {"rope_theta": fields.get("rotary_base", 10000.0), "rope_scaling": None}
+    if fields.get("rotary_percent", 1.0) != 1.0:
+        config["partial_rotary_factor"] = fields["rotary_percent"]
+    if fields.get("rope_scaling"):
+        config["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": fields.get("rope_scaling_factor", 8.0),
+            **_LLAMA3_FIXED,
+        }
+    elif fields.get("position_embedding_type") == "yarn":
+        names = {
+            "factor": "yarn_rotary_scaling_factor",
+            "original_max_position_embeddings": "yarn_original_max_position_embeddings",
+            "beta_fast": "yarn_beta_fast",
+            "beta_slow": "yarn_beta_slow",
+            "mscale": "yarn_mscale",
+            "mscale_all_dim": "yarn_mscale_all_dim",
+            "truncate": "yarn_correction_range_round_to_int",
+        }
+        found = {key: fields[name] for key, name in names.items() if fields.get(name) is not None}
+        config["rope_scaling"] = {"rope_type": "yarn", **found}
+    elif fields.get("seq_len_interpolation_factor") is not None:
+        config["rope_scaling"] = {"rope_type": "linear", "factor": fields["seq_len_interpolation_factor"]}
+    return config
+
+
+def restore_window(fields: Mapping[str, object]) -> dict[str, object]:
+    """The attention window; the way back from `window`."""
+    size = fields.get("window_size")
+    if not isinstance(size, list | tuple) or not size or not isinstance(size[0], int):
+        return {"sliding_window": None}
+    config: dict[str, object] = {"sliding_window": size[0] + 1}
+    skips = fields.get("window_attn_skip_freq")
+    if isinstance(skips, list):
+        config["layer_types"] = ["sliding_attention" if windowed else "full_attention" for windowed in skips]
+    return config
 
 
 def caveats(config: HFConfig) -> list[str]:

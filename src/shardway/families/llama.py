@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from shardway.families import gqa
-from shardway.families.family import Family, Field
+from shardway.families.family import Family, Field, Provider
 
 if TYPE_CHECKING:
     from shardway.families.config import HFConfig
@@ -23,6 +23,14 @@ def _caveats(config: HFConfig) -> list[str]:
     return found
 
 
+# What Megatron Bridge switches on for these models.
+FUSED = {
+    "apply_rope_fusion": True,
+    "bias_activation_fusion": True,
+    "bias_dropout_fusion": True,
+    "persist_layer_norm": True,
+}
+
 LLAMA = Family(
     name="llama",
     architectures=("LlamaForCausalLM",),
@@ -30,6 +38,8 @@ LLAMA = Family(
     dims=gqa.dims,
     aliases=(gqa.TIED_HEAD,),
     flags={"qkv_bias": "attention_bias", "proj_bias": "attention_bias", "mlp_bias": "mlp_bias", "qk_norm": False},
+    provider=Provider(fields=FUSED),
+    restore=gqa.restore,
     fields=(
         *gqa.FIELDS,
         Field("attention_bias", "add_qkv_bias", default=False),

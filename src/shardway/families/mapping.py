@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from shardway.core.tensors import Shape
     from shardway.families.config import HFConfig
-    from shardway.families.family import Dims, Family, Layer
+    from shardway.families.family import Dims, Family, Layer, Provider
     from shardway.families.rules import Expanded, Rule
 
 
@@ -41,6 +41,7 @@ class ModelMapping:
         restored: Those of the aliases that an export writes where nothing is known about the source.
         ignored: Matches Hugging Face tensors that may be present and carry nothing.
         megatron_config: Fields of megatron-core's TransformerConfig and GPTModel.
+        provider: What Megatron Bridge builds such a model with.
         content_metadata: What a loader reads to build the matching sharded state dict.
         caveats: What a Megatron model with that config would do otherwise than transformers, one sentence each.
     """
@@ -59,6 +60,7 @@ class ModelMapping:
     restored: Mapping[str, str]
     ignored: re.Pattern[str]
     megatron_config: Mapping[str, object]
+    provider: Provider
     content_metadata: Mapping[str, object]
     caveats: tuple[str, ...]
 
@@ -177,6 +179,7 @@ def map_model(
         restored=restored,
         ignored=re.compile(ignored or r"(?!)"),
         megatron_config=fields,
+        provider=family.provider,
         content_metadata=metadata,
         caveats=tuple(caveats),
     )

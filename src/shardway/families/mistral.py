@@ -12,6 +12,7 @@ MISTRAL = Family(
     dims=gqa.dims,
     aliases=(gqa.TIED_HEAD,),
     flags={"qkv_bias": False, "proj_bias": False, "mlp_bias": False, "qk_norm": False},
+    restore=gqa.restore,
     fields=gqa.FIELDS,
     constants=gqa.CONSTANTS | {"add_bias_linear": False, "add_qkv_bias": False},
     derived=gqa.derived,

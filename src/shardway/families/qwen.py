@@ -18,6 +18,11 @@ def _derived(config: HFConfig) -> dict[str, object]:
     return gqa.rope(config) | (gqa.window(config) if windowed else {})
 
 
+def _restore(fields: Mapping[str, object]) -> dict[str, object]:
+    config = gqa.restore(fields)
+    return config | {"use_sliding_window": config["sliding_window"] is not None}
+
+
 def _bias_caveats(config: HFConfig) -> list[str]:
     found = gqa.caveats(config)
     if config.flag("attention_bias", default=False):
@@ -32,6 +37,7 @@ QWEN2 = Family(
     dims=gqa.dims,
     aliases=(gqa.TIED_HEAD,),
     flags={"qkv_bias": True, "proj_bias": False, "mlp_bias": False, "qk_norm": False},
+    restore=_restore,
     fields=gqa.FIELDS,
     constants=gqa.CONSTANTS | {"add_bias_linear": False, "add_qkv_bias": True},
     derived=_derived,
@@ -46,6 +52,7 @@ QWEN3 = Family(
     dims=gqa.dims_with(head_dim=128),
     aliases=(gqa.TIED_HEAD,),
     flags={"qkv_bias": "attention_bias", "proj_bias": "attention_bias", "mlp_bias": False, "qk_norm": True},
+    restore=_restore,
     fields=(*gqa.FIELDS, Field("attention_bias", "add_qkv_bias", default=False)),
     constants=gqa.CONSTANTS | {"add_bias_linear": False, "qk_layernorm": True},
     derived=_derived,
@@ -77,6 +84,16 @@ def _moe_derived(config: HFConfig) -> dict[str, object]:
     return fields if all(sparse) else fields | {"moe_layer_freq": sparse}
 
 
+def _restore_moe(fields: Mapping[str, object]) -> dict[str, object]:
+    frequency = fields.get("moe_layer_freq", 1)
+    dense = [layer for layer, sparse in enumerate(frequency) if not sparse] if isinstance(frequency, list) else []
+    return _restore(fields) | {
+        "norm_topk_prob": not fields.get("moe_router_pre_softmax", False),
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": dense,
+    }
+
+
 QWEN3_MOE = Family(
     name="qwen3_moe",
     architectures=("Qwen3MoeForCausalLM",),
@@ -95,6 +112,7 @@ QWEN3_MOE = Family(
     kinds=("moe", "dense"),
     variants=(moe.PACKED, moe.TE),
     aliases=(gqa.TIED_HEAD,),
+    restore=_restore_moe,
     fields=(*gqa.FIELDS, *moe.FIELDS, Field("attention_bias", "add_qkv_bias", default=False)),
     constants=gqa.CONSTANTS | dict(moe.CONSTANTS) | {"add_bias_linear": False, "qk_layernorm": True},
     derived=_moe_derived,

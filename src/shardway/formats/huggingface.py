@@ -44,6 +44,15 @@ _CURE_DOWNLOAD = "fetch the checkpoint again; the download is incomplete"
 _CURE_INDEX = f"fetch the checkpoint again, all files from one revision, or delete {INDEX_FILE} if it is a leftover"
 
 
+_TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece")
+_TOKENIZER_SUFFIXES = (".model", ".tiktoken", ".jinja")
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a file of this name, beside a model's weights, belongs to its tokenizer."""
+    return name.startswith(_TOKENIZER) or name.endswith(_TOKENIZER_SUFFIXES)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SmallFile:
     """A file that is no weights: configuration, tokenizer, licence.

@@ -21,6 +21,7 @@ from shardway.formats.iterations import (
     shorten,
     tracker_text,
 )
+from shardway.formats.pickles import SavedObject
 from shardway.formats.safetensors import missing_file, unreadable_file
 from shardway.formats.saved_objects import (
     MAX_FILE_BYTES,
@@ -165,9 +166,23 @@ def metadata_json() -> bytes:
     ).encode()
 
 
-def common_pt(iteration: int, content_metadata: Mapping[str, object]) -> bytes:
-    """Content of ``common.pt``; `checkpoint_version` 3.0 is what Megatron-LM needs to leave QKV as it is."""
-    state = {"checkpoint_version": 3.0, "iteration": iteration, "content_metadata": dict(content_metadata)}
+def common_pt(
+    iteration: int, content_metadata: Mapping[str, object], args: Mapping[str, object] | None = None
+) -> bytes:
+    """Content of ``common.pt``; `checkpoint_version` 3.0 is what Megatron-LM needs to leave QKV as it is.
+
+    Args:
+        iteration: Number of the iteration.
+        content_metadata: What a loader reads to build the matching sharded state dict.
+        args: Attributes of the namespace of arguments that Megatron-LM reads; None for none.
+    """
+    state: dict[str, object] = {
+        "checkpoint_version": 3.0,
+        "iteration": iteration,
+        "content_metadata": dict(content_metadata),
+    }
+    if args is not None:
+        state["args"] = SavedObject("argparse.Namespace", state=dict(args))
     return write_torch_file(state, name="common")
 
 

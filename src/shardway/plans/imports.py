@@ -11,8 +11,12 @@ from shardway.core.collector import collector_paused
 from shardway.core.dtypes import dtype_of_torch
 from shardway.core.errors import Code, Problems
 from shardway.core.tensors import Catalog, Chunk, StoredTensor
+from shardway.families.bridge import BridgeVersion, run_config
+from shardway.families.megatron_lm import args_of
 from shardway.formats.dcp import DcpChunk, DcpLocation, DcpTensor, write_metadata
+from shardway.formats.huggingface import is_tokenizer_file
 from shardway.formats.iterations import TRAIN_STATE
+from shardway.formats.run_config import RUN_CONFIG, run_config_yaml
 from shardway.formats.torch_dist import common_pt, extra_state, metadata_json, train_state_pt
 from shardway.formats.torch_file import tensor_blob_frame
 from shardway.plans.chunking import assign_files, chunk_boxes
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
     from shardway.formats.huggingface import HuggingFaceCheckpoint
 
 HF_FOLDER = "hf"
+TOKENIZER_FOLDER = "tokenizer"
 _ALIGN = 64
 _ALIGN_WORTHWHILE_BYTES = 2**16
 _MAX_FRAME_BYTES = 2 * BLOCK_BYTES  # a head with its padding, and a tail
@@ -43,11 +48,17 @@ class ImportOptions:
     Attributes:
         dtype: Type to cast floating-point tensors to; None keeps every tensor's bits.
         iteration: Number of the iteration folder; None for ``release``.
+        bridge: The Megatron Bridge that is to take the checkpoint as its own; None for none.
+        megatron_lm: Whether Megatron-LM is to find its arguments in it.
+        tokenizer: What those are to load the tokenizer from: a name on the Hub, or a directory.
         max_file_bytes: No ``.distcp`` file grows larger, but for the least: one chunk of 4 KiB and what frames it.
     """
 
     dtype: DType | None = None
     iteration: int | None = 0
+    bridge: BridgeVersion | None = BridgeVersion.V0_7
+    megatron_lm: bool = False
+    tokenizer: str = TOKENIZER_FOLDER
     max_file_bytes: int = 4 * 2**30
 
 
@@ -82,14 +93,21 @@ def plan_import(
             key: StoredTensor(key, dtypes[key], shape, tuple(laid.chunks[key])) for key, shape in mapping.mcore.items()
         },
     )
+    trained_in = options.dtype.name if options.dtype is not None else _usual_dtype(source.catalog.tensors)
+    args = _args(mapping, trained_in, options) if options.megatron_lm else None
     small_files = {
         ".metadata": laid.metadata(mapping, dtypes),
         "metadata.json": metadata_json(),
-        "common.pt": common_pt(options.iteration or 0, mapping.content_metadata),
+        "common.pt": common_pt(options.iteration or 0, mapping.content_metadata, args),
         TRAIN_STATE: train_state_pt(options.iteration or 0),
     }
     laid.blobs.clear()
     copied = {f"{HF_FOLDER}/{file.name}": file.name for file in source.small_files}
+    if options.bridge is not None:
+        document = run_config(mapping, trained_in, options.tokenizer, options.bridge)
+        small_files[RUN_CONFIG] = run_config_yaml(document)
+        tokenizer = (file.name for file in source.small_files if is_tokenizer_file(file.name))
+        copied |= {f"{TOKENIZER_FOLDER}/{name}": name for name in tokenizer}
     if options.dtype is not None:
         small_files[f"{HF_FOLDER}/config.json"] = config_with_dtype(source.config, options.dtype)
         del copied[f"{HF_FOLDER}/config.json"]
@@ -105,6 +123,25 @@ def plan_import(
         copies=matched.copies,
         notes=tuple(_notes(source, mapping, options.dtype, matched.left_out)),
     )
+
+
+def _usual_dtype(tensors: Mapping[str, StoredTensor]) -> str | None:
+    """What most elements are, where that is a type that Megatron trains in."""
+    counts: dict[str, int] = {}
+    for tensor in tensors.values():
+        counts[tensor.dtype.name] = counts.get(tensor.dtype.name, 0) + tensor.num_elements
+    usual = max(counts, key=lambda name: counts[name], default="")
+    return usual if usual in ("bfloat16", "float16", "float32") else None
+
+
+def _args(mapping: ModelMapping, trained_in: str | None, options: ImportOptions) -> dict[str, object]:
+    dtype = dtype_of_torch(trained_in or "float32")
+    return args_of(mapping.megatron_config, options.tokenizer) | {
+        "params_dtype": dtype,
+        "bf16": dtype.name == "bfloat16",
+        "fp16": dtype.name == "float16",
+        "iteration": options.iteration or 0,
+    }
 
 
 def config_with_dtype(config: Mapping[str, object], dtype: DType) -> bytes:
