@@ -141,7 +141,6 @@ def make_cases(
     bridge: Any, model: Any, hf: Path, megatron: Path, room: Sequence[torch.Tensor]
 ) -> dict[str, Callable[[], object]]:
     """Every way to load; what is returned is let go of outside of the timing."""
-    import torch
     import transformers
     from megatron.core import dist_checkpointing
     from safetensors.torch import load_file
@@ -231,9 +230,7 @@ def show(result: dict[str, Any]) -> None:
         told = "" if name in (OURS_HF, OURS_MEGATRON) else f"{ratio:.2f} x as fast"
         spread = f"{seconds[0]:.2f} - {seconds[-1]:.2f} s"
         cpu = statistics.median(each.cpu_seconds for each in found)
-        print(
-            f"{name:46} {statistics.median(seconds):6.2f} s {spread:>16} {cpu:6.2f} s {extra:10.1f} MB {told:>16}"
-        )
+        print(f"{name:46} {statistics.median(seconds):6.2f} s {spread:>16} {cpu:6.2f} s {extra:10.1f} MB {told:>16}")
 
 
 if __name__ == "__main__":

@@ -409,5 +409,6 @@ def _read_box(files: Source, chunk: Chunk, box: Box, itemsize: int, view: memory
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    array: npt.NDArray[np.uint8] = tensor.reshape(-1).view(torch.uint8).numpy()
+    flat = tensor.as_strided((tensor.numel(),), (1,))  # an axis of extent 1 may have any stride
+    array: npt.NDArray[np.uint8] = flat.view(torch.uint8).numpy()
     return array.data
