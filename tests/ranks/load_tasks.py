@@ -194,3 +194,235 @@ def _leave_logits(model: Sequence[Any], provider: Any, path: Path) -> None:
 def tokens_of(vocab_size: int) -> list[list[int]]:
     """Two sequences."""
     return [[(37 * i + 11 * row) % vocab_size for i in range(64)] for row in range(2)]
+
+
+def refused(me: Any, *, hf: str, cases: Mapping[str, Mapping[str, Any]], fields: Mapping[str, Any]) -> Outcome:
+    """Load what can't be loaded, and see that the model has not changed.
+
+    Args:
+        me: This rank.
+        hf: Directory of the model's config.
+        cases: By name ``{"hf": directory}`` or ``{"megatron": folder}``, and ``failing``: after how many reads the
+            filesystem fails.
+        fields: Fields of the model's config that are different.
+    """
+    import errno
+    import os
+    from unittest import mock
+
+    import torch
+
+    import shardway
+    from shardway.core.errors import ShardwayError
+
+    bridge = shardway.AutoBridge.from_hf_pretrained(hf)
+    found: dict[str, Any] = {}
+    with model_of(bridge, {}, None, fields) as (_, model):
+        for _, value in _tensors(model[0]):
+            value.fill_(3.0)
+        for name, case in cases.items():
+            reads = 0
+            real = os.preadv
+
+            def preadv(*arguments: Any, failing: int | None = case.get("failing"), real: Any = real) -> Any:
+                nonlocal reads
+                reads += 1
+                if failing is not None and reads > failing:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+                return real(*arguments)
+
+            try:
+                with mock.patch.object(os, "preadv", preadv):
+                    if "hf" in case:
+                        bridge.load_hf_weights(model, case["hf"])
+                    else:
+                        bridge.load_megatron_weights(model, case["megatron"])
+            except ShardwayError as error:
+                untouched = all(bool((value == 3.0).all()) for _, value in _tensors(model[0]))
+                found[name] = {
+                    "codes": [str(problem.code) for problem in error.problems],
+                    "tensors": [problem.tensor for problem in error.problems],
+                    "text": str(error),
+                    "untouched": untouched,
+                }
+            else:
+                found[name] = None
+            with torch.no_grad():
+                for _, value in _tensors(model[0]):
+                    value.fill_(3.0)
+    return Outcome(notes=found)
+
+
+def alone(me: Any, *, hf: str, grid: Mapping[str, int], call: str) -> Outcome:
+    """Rank 0 loads, or exports, while the others do nothing until it is done.
+
+    Args:
+        me: This rank.
+        hf: Hugging Face directory.
+        grid: As `through_a_grid`.
+        call: ``load`` or ``export``.
+    """
+    import time
+
+    from tests.ranks.save_worker import _until
+
+    import shardway
+    from shardway.core.errors import ShardwayError
+
+    bridge = shardway.AutoBridge.from_hf_pretrained(hf)
+    done = me.folder / f"alone-{call}"
+    error = ""
+    with model_of(bridge, grid) as (_, model):
+        if me.rank:
+            _until(done.exists)
+        began = time.monotonic()
+        try:
+            if call == "load":
+                bridge.load_hf_weights(model)
+            elif not me.rank:
+                list(bridge.export_hf_weights(model, distributed_timeout_minutes=0.02))
+        except ShardwayError as refused:
+            error = str(refused)
+        seconds = time.monotonic() - began
+        done.touch()
+    return Outcome(text=error, notes={"seconds": seconds})
+
+
+def measured(me: Any, *, hf: str, grid: Mapping[str, int], sources: Sequence[str], save: str | None = None) -> Outcome:
+    """Load a model of some hundred megabytes; what memory that takes beside the model, and what is read.
+
+    Args:
+        me: This rank.
+        hf: Hugging Face directory.
+        grid: As `through_a_grid`.
+        sources: Roots of Megatron checkpoints of the same model.
+        save: Where to save the model as a Megatron checkpoint.
+    """
+    import ctypes
+    import gc
+
+    import shardway
+    from shardway.live.load import load_huggingface, load_torch_dist
+
+    def memory(name: str) -> int:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+        raise ValueError(name)
+
+    bridge = shardway.AutoBridge.from_hf_pretrained(hf)
+    found = []
+    with model_of(bridge, grid) as (_, model):
+        for chunk in model:
+            for _, value in _tensors(chunk):
+                value.fill_(1.0)
+        for source in (hf, *sources):
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)
+            before = memory("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")
+            if source == hf:
+                report = load_huggingface(model, source)
+            else:
+                report = load_torch_dist(model, source, config=bridge.config)
+            found.append((memory("VmHWM") - before, report.read_bytes, report.num_bytes))
+            totals = [float(value.double().sum()) for chunk in model for _, value in _tensors(chunk)]
+            found[-1] = (*found[-1], totals)
+        if save is not None:
+            bridge.save_megatron_model(model, save, distributed_timeout_minutes=1)
+    return Outcome(notes={"found": found})
+
+
+def save_hf(
+    me: Any,
+    *,
+    hf: str,
+    path: str,
+    grid: Mapping[str, int],
+    absent: Sequence[int] = (),
+    fault: Mapping[str, Any] | None = None,
+    sign: int = 1,
+    **options: Any,
+) -> Outcome | None:
+    """Save the model as a Hugging Face directory; no collective may be called meanwhile.
+
+    Args:
+        me: This rank.
+        hf: Hugging Face directory that the model is loaded from.
+        path: Where to save it.
+        grid: As `through_a_grid`.
+        absent: Ranks that don't call.
+        fault: ``rank``, ``at`` (``pwrite`` or a step of the save), ``do`` (``kill``, ``stall`` or an errno's name) and
+            ``after``, how many calls go well before.
+        sign: What the values are multiplied with.
+        options: Of `save_hf_pretrained`.
+    """
+    import dataclasses
+
+    import torch
+    from tests.collectives import collectives_forbidden
+    from tests.ranks.save_worker import _failed, _until
+
+    import shardway
+
+    bridge = shardway.AutoBridge.from_hf_pretrained(hf)
+    with model_of(bridge, grid) as (_, model):
+        bridge.load_hf_weights(model)
+        with torch.no_grad():
+            for chunk in model:
+                for _, value in _tensors(chunk):
+                    value.mul_(sign)
+        if me.rank in absent:
+            calling = [rank for rank in range(me.world["ranks"]) if rank not in absent]
+            _until(lambda: all((me.folder / f"saved{rank}").exists() for rank in calling))
+            return None
+        if fault is not None and fault["do"].startswith("kill") and fault["rank"] != me.rank:
+            out = Path(path)
+            _until(lambda: bool(list(out.parent.glob(f".{out.name}.*"))))  # that rank coordinates
+        try:
+            with contextlib.ExitStack() as stack:
+                if fault is not None and fault["rank"] == me.rank:
+                    stack.enter_context(_going_wrong(path, **fault))
+                stack.enter_context(collectives_forbidden())
+                options = {"distributed_timeout_minutes": 1.0, **options}
+                report = bridge.save_hf_pretrained(model, path, **options)
+            return Outcome(report=dataclasses.asdict(report))
+        except Exception as error:
+            return _failed(error)
+        finally:
+            (me.folder / f"saved{me.rank}").touch()
+
+
+@contextlib.contextmanager
+def _going_wrong(path: str, *, rank: int, at: str, do: str, after: int = 0, seconds: float = 0.0) -> Iterator[None]:
+    """Let something go wrong on this rank: at a step of the save, or at a write below its destination."""
+    import errno
+    import os
+    import signal
+    import time
+    from unittest import mock
+
+    from shardway.live.hf_folder import HuggingFaceFolder
+
+    owner: Any = os if at == "pwrite" else HuggingFaceFolder
+    real = getattr(owner, at)
+    calls = 0
+
+    def instead(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            if do == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if do == "kill after":
+                real(*arguments, **options)
+                os.kill(os.getpid(), signal.SIGKILL)
+            if do == "stall":
+                time.sleep(seconds)
+            else:
+                number = getattr(errno, do)
+                raise OSError(number, os.strerror(number))
+        return real(*arguments, **options)
+
+    with mock.patch.object(owner, at, instead):
+        yield

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from shardway.live.reader import Direct, Region
 
 _MOST_THREADS = 4  # a node has many ranks, each with its own
-_CHANGED = "the model's parameters have been written in part: don't use them"
+_CHANGED = "the model's parameters may have been written in part: load again before they are used"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

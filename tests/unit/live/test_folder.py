@@ -21,9 +21,8 @@ from tests.oracle import read_torch_dist
 from shardway.core.dtypes import FLOAT32
 from shardway.core.errors import Code, ShardwayError
 from shardway.formats.torch_dist import extra_state
-from shardway.live import assemble
+from shardway.live import assemble, shared_staging
 from shardway.live import folder as module
-from shardway.live import shared_staging
 from shardway.live.folder import IterationFolder
 from shardway.live.records import ObjectShard, Shard
 from shardway.live.saving import Assignment
