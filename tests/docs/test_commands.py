@@ -18,6 +18,14 @@ ROOT = Path(__file__).parents[2]
 LLAMA = ROOT / "tests" / "fixtures" / "hf" / "llama"
 
 
+PAGES = [
+    "README.md",
+    "docs/guide/convert.md",
+    "docs/guide/megatron-bridge.md",
+    "docs/guide/megatron-lm.md",
+]
+
+
 def blocks(page: str) -> list[str]:
     """The indented blocks of a page."""
     return re.findall(r"(?:^    .*\n|^\n)+", (ROOT / page).read_text() + "\n", re.MULTILINE)
@@ -29,13 +37,15 @@ def commands(page: str) -> list[list[str]]:
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("shardway ")]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide/convert.md"])
+@pytest.mark.parametrize("page", PAGES)
 def test_every_command_of_a_page_works(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In an empty directory with the model that they name, in the order in which they stand there."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(LLAMA, "Llama-3.1-8B")
     found = commands(page)
-    assert {command[0] for command in found} >= {"import", "export", "verify", "inspect", "plan"}
+    if page in ("README.md", "docs/guide/convert.md"):
+        assert {command[0] for command in found} >= {"import", "export", "verify", "inspect", "plan"}
+    assert found
     for command in found:
         assert main(command) == 0, command
 
