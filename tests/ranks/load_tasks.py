@@ -19,6 +19,7 @@ SIZES = {
     "ep": "expert_model_parallel_size",
     "etp": "expert_tensor_parallel_size",
     "vpp": "virtual_pipeline_model_parallel_size",
+    "first": "num_layers_in_first_pipeline_stage",
 }
 
 

@@ -8,6 +8,7 @@ Source: megatron/core/models/gpt/gpt_model.py, gpt_layer_specs.py (0.16.1); name
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -25,7 +26,7 @@ from megatron.core.transformer.module import Float16Module
 from shardway.core.errors import Code, Problem, Problems, ShardwayError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import nn
 
@@ -165,11 +166,8 @@ class MegatronProvider:
         fields = {name: self._fields[name] for name in self._of_config}
         if fields["pipeline_model_parallel_size"] > 1 and fields["pipeline_dtype"] is None:
             fields["pipeline_dtype"] = fields["params_dtype"]
-        try:
+        with _refusals("refuses this config"):
             config = self._kind(**{name: value for name, value in fields.items() if value is not None})
-        except (ValueError, TypeError, AssertionError) as error:
-            what = f"megatron-core refuses this config: {error}"
-            raise ShardwayError(Problem(code=Code.OPTION_INVALID, what=what)) from error
         for name, value in self._fields.items():
             if name.startswith(_CONFIG_ATTRIBUTES):
                 setattr(config, name, value)
@@ -265,7 +263,8 @@ class MegatronProvider:
             self.initialize_model_parallel()
         config = self.transformer_config()
         stages = config.virtual_pipeline_model_parallel_size
-        built = [self.provide(vp_stage=stage if stages else None) for stage in range(stages or 1)]
+        with _refusals("can't build this model"):
+            built = [self.provide(vp_stage=stage if stages else None) for stage in range(stages or 1)]
         chunks: list[nn.Module] = [chunk.to(config.params_dtype) for chunk in built]
         if torch.cuda.is_available() and not config.use_cpu_initialization:
             chunks = [chunk.cuda(torch.cuda.current_device()) for chunk in chunks]
@@ -293,6 +292,16 @@ class MegatronProvider:
                 what = f"{name} is {wanted}, and the process groups that are initialised have {there}"
                 problems.add(Code.OPTION_INVALID, what, cure="set the size that they have, or destroy them first")
         problems.raise_if_any()
+
+
+@contextlib.contextmanager
+def _refusals(doing: str) -> Iterator[None]:
+    """Turn what megatron-core raises about a config into the project's error."""
+    try:
+        yield
+    except (ValueError, TypeError, AssertionError) as error:
+        what = f"megatron-core {doing}: {error}"
+        raise ShardwayError(Problem(code=Code.OPTION_INVALID, what=what)) from error
 
 
 def has_transformer_engine() -> bool:

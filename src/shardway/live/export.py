@@ -118,6 +118,7 @@ def export_hf_weights(
     from shardway.live.megatron import model_parallel_groups
 
     state, mapping = held(model, values)
+    mapping = mapping.with_copies(mapping.restored)
     timeout_s = 60.0 * (timeout_minutes or _DEFAULT_TIMEOUT_MINUTES)
     yield from export_weights(state, mapping, model_parallel_groups(), cpu=cpu, timeout_s=timeout_s)
 
@@ -125,4 +126,4 @@ def export_hf_weights(
 def export_hf_pieces(model: Sequence[nn.Module] | nn.Module, values: Mapping[str, object]) -> Iterator[HFPiece]:
     """Yield what this rank holds of each Hugging Face tensor; see `AutoBridge.export_hf_pieces`."""
     state, mapping = held(model, values)
-    yield from own_pieces(state, mapping)
+    yield from own_pieces(state, mapping.with_copies(mapping.restored))

@@ -50,7 +50,9 @@ class LoadReport:
     Attributes:
         num_tensors: Boxes of global tensors that were filled.
         num_bytes: Their bytes in memory.
-        read_bytes: Bytes of tensors that were read from files.
+        read_bytes: Bytes of tensors that were read from files into the model.
+        compared_bytes: Bytes that were read before that to prove that tensors which a checkpoint holds twice (a tied
+            head, the embedding of multi-token prediction) are equal.
         seconds: Wall-clock time.
         notes: What a user should know about the result, one sentence each.
     """
@@ -58,6 +60,7 @@ class LoadReport:
     num_tensors: int
     num_bytes: int
     read_bytes: int
+    compared_bytes: int
     seconds: float
     notes: tuple[str, ...]
 
@@ -220,6 +223,7 @@ def _fill(
 ) -> LoadReport:
     """Read every element of the targets, or zero where the tiles have none."""
     targets = memory.targets
+    compared_bytes = source.num_read_bytes
     cuts = cuts_of([target.shard for target in targets], tiles, catalog.tensors)
     filled = [0] * len(targets)
     for cut in cuts:
@@ -250,7 +254,8 @@ def _fill(
     return LoadReport(
         num_tensors=len(targets),
         num_bytes=memory.num_bytes,
-        read_bytes=source.num_read_bytes,
+        read_bytes=source.num_read_bytes - compared_bytes,
+        compared_bytes=compared_bytes,
         seconds=time.perf_counter() - began,
         notes=(
             *notes,
