@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import numpy as np
@@ -17,6 +17,9 @@ from shardway.core.boxes import Box
 from shardway.core.dtypes import dtype_of_torch
 from shardway.core.tensors import Chunk, Shape, StoredTensor
 from shardway.core.tiles import Side, Tile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 torch = pytest.importorskip("torch")
 
@@ -46,6 +49,10 @@ def slices(box: Any) -> tuple[slice, ...]:
     return tuple(slice(start, start + size) for start, size in zip(box.start, box.size, strict=True))
 
 
+def keeping(finished: list[tuple[int, Any]], number: int) -> Callable[[Sequence[Any]], None]:
+    return lambda parts: finished.append((number, parts[0]))
+
+
 @EXAMPLES
 @given(mosaic=mosaics(), data=st.data())
 def test_boxes_are_filled(mosaic: Mosaic, data: st.DataObject) -> None:
@@ -59,7 +66,7 @@ def test_boxes_are_filled(mosaic: Mosaic, data: st.DataObject) -> None:
     for number, shard in enumerate(shards):
         how = data.draw(st.sampled_from(["plain", "strided", "deferred"]))
         if how == "deferred":
-            later = Deferred(1, torch.device("cpu"), lambda parts, number=number: finished.append((number, parts[0])))
+            later = Deferred(1, torch.device("cpu"), keeping(finished, number))
             targets.append(Target(shard, None, later, 0))
         elif how == "plain":
             targets.append(Target(shard, torch.zeros(shard.size, dtype=kind), None, 0))
@@ -75,14 +82,13 @@ def test_boxes_are_filled(mosaic: Mosaic, data: st.DataObject) -> None:
         for cut in cuts:
             wanted[cut.target] += cut.tile.num_elements
         assert wanted == [box.num_elements for box in boxes]
-        limits = {
+        limits: dict[str, Any] = {
             "_SHORT_RUN_BYTES": data.draw(st.sampled_from([0, 6, 512])),
             "BUFFER_BYTES": data.draw(st.sampled_from([2, 10, 64, 4096])),
             "_STEP_BYTES": data.draw(st.sampled_from([4, 30, 4096])),
             "_MAX_VECTORS": data.draw(st.sampled_from([1, 2, 512])),
         }
-        buffer = max(limits["BUFFER_BYTES"], 2)
-        with mock.patch.multiple(reader, **{**limits, "BUFFER_BYTES": buffer}), Source(Path(folder)) as source:
+        with mock.patch.multiple(reader, **limits), Source(Path(folder)) as source:
             filler = Filler(targets, wanted, {})
             lane = Lane(source, filler)
             for job in jobs_of(cuts, targets, tensors, {}):

@@ -326,9 +326,9 @@ def measured(me: Any, *, hf: str, grid: Mapping[str, int], sources: Sequence[str
                 report = load_huggingface(model, source)
             else:
                 report = load_torch_dist(model, source, config=bridge.config)
-            found.append((memory("VmHWM") - before, report.read_bytes, report.num_bytes))
+            extra_bytes = memory("VmHWM") - before
             totals = [float(value.double().sum()) for chunk in model for _, value in _tensors(chunk)]
-            found[-1] = (*found[-1], totals)
+            found.append((extra_bytes, report.read_bytes, report.num_bytes, totals))
         if save is not None:
             bridge.save_megatron_model(model, save, distributed_timeout_minutes=1)
     return Outcome(notes={"found": found})

@@ -41,7 +41,7 @@ def check(path: Path, sign: int = 1) -> None:
 
 def test_whoever_comes_saves_the_model(fleet: Fleet, tmp_path: Path) -> None:
     """Absent, killed and failing ranks on TP=2, DP=2, and on three replicas."""
-    short = {"distributed_timeout_minutes": 0.1}
+    short: dict[str, Any] = {"distributed_timeout_minutes": 0.1}
     worlds = {
         "absent": world(4, tmp_path / "absent", grid={"tp": 2}, absent=[3]),
         "written by one": world(2, tmp_path / "one"),
@@ -87,10 +87,10 @@ def test_without_a_holder_nothing_is_published(fleet: Fleet, tmp_path: Path) -> 
 
 
 def test_what_is_there_stays_or_is_replaced_whole(fleet: Fleet, tmp_path: Path) -> None:
-    good = {"do": "save_hf", "hf": str(LLAMA), "path": str(tmp_path / "out"), "grid": {"pp": 2}}
+    good: dict[str, Any] = {"do": "save_hf", "hf": str(LLAMA), "path": str(tmp_path / "out"), "grid": {"pp": 2}}
     (tmp_path / "other").mkdir()
     (tmp_path / "other/notes.txt").touch()
-    tasks = [
+    tasks: list[dict[str, Any]] = [
         good,
         good | {"sign": -1},
         good | {"sign": -1, "if_exists": "replace", "max_shard_size": "40KB", "dtype": "fp32"},

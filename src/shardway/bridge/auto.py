@@ -25,6 +25,16 @@ if TYPE_CHECKING:
     from shardway.live.save import AsyncSave, CheckpointConfig, SaveReport
 
 
+# Arguments of transformers' from_pretrained that are no keys of a config.
+_OF_TRANSFORMERS = frozenset(
+    """
+    attn_implementation cache_dir code_revision config device_map dtype experts_implementation force_download
+    local_files_only low_cpu_mem_usage max_memory offload_folder output_loading_info proxies revision state_dict
+    subfolder token torch_dtype trust_remote_code use_auth_token use_safetensors weights_only
+    """.split()  # noqa: SIM905
+)
+
+
 class AutoBridge:
     """A Hugging Face model as the point of reference for its Megatron counterpart.
 
@@ -45,22 +55,34 @@ class AutoBridge:
         self._last: AsyncSave | None = None
 
     @classmethod
-    def from_hf_pretrained(cls, path: str | os.PathLike[str], **_: object) -> Self:
+    def from_hf_pretrained(cls, path: str | os.PathLike[str], **overrides: object) -> Self:
         """The bridge of a model directory, or of a model in the local cache of the Hub.
 
         Args:
             path: Directory with config.json and tokenizer, or a name on the Hub (``org/name``) that has been
                 downloaded before.
-            _: Whatever else transformers' ``from_pretrained`` takes; no code of a model is ever run here.
+            overrides: Values for keys of the config, as transformers' ``from_pretrained`` takes them; what else that
+                takes (``trust_remote_code``, ``torch_dtype``, ...) has no meaning here: no code of a model is ever
+                run, and no weights are loaded yet.
 
         Raises:
-            ShardwayError: `not-a-checkpoint`, `config-missing`, `config-invalid`.
+            ShardwayError: `not-a-checkpoint`, `config-missing`, `config-invalid`; `option-invalid` for a name that is
+                neither.
 
         *Ranks*: local.
         """
         root = _directory(path)
         config, small_files = read_companions(root)
-        return cls(config, {file.name: root / file.name for file in small_files}, root)
+        files: dict[str, Path | bytes] = {file.name: root / file.name for file in small_files}
+        unknown = sorted(overrides.keys() - config.keys() - _OF_TRANSFORMERS)
+        if unknown:
+            what = f"{', '.join(unknown)}: neither a key of the config nor an argument of transformers' from_pretrained"
+            raise ShardwayError(Problem(code=Code.OPTION_INVALID, what=what, file=root / CONFIG_FILE))
+        changed = {key: value for key, value in overrides.items() if key in config and key not in _OF_TRANSFORMERS}
+        if changed:
+            config = {**config, **changed}
+            files[CONFIG_FILE] = _config_text(config)
+        return cls(config, files, root)
 
     @classmethod
     def from_hf_config(cls, config: Any) -> Self:
@@ -76,8 +98,8 @@ class AutoBridge:
         if not values.get("architectures"):
             known = (family.architectures for family in FAMILIES if family.name == values.get("model_type"))
             values["architectures"] = list(next(known, ()))[:1] or None
-        text = json.dumps(values, indent=2, sort_keys=True, default=str) + "\n"
-        return cls(json.loads(text), {CONFIG_FILE: text.encode()})
+        text = _config_text(values)
+        return cls(json.loads(text), {CONFIG_FILE: text})
 
     def import_ckpt(self, path: str | os.PathLike[str], **options: Any) -> ConversionReport:
         """Convert the model's files to a Megatron torch_dist checkpoint: no torch, no model, no process group.
@@ -144,7 +166,7 @@ class AutoBridge:
         """
         from shardway.live.load import load_huggingface
 
-        load_huggingface(model, self._weights(path if path is not None else hf_path))
+        load_huggingface(model, self._weights(path if path is not None else hf_path), config=self.config)
         return model
 
     def load_megatron_weights(
@@ -188,7 +210,7 @@ class AutoBridge:
         if not load_weights:
             return self._provider(None, dtype, None)
         weights = self._weights(hf_path)
-        return self._provider(lambda chunks: load_huggingface(chunks, weights), dtype, weights)
+        return self._provider(lambda chunks: load_huggingface(chunks, weights, config=self.config), dtype, weights)
 
     def to_transformer_config(self, **fields: Any) -> Any:
         """The megatron-core TransformerConfig (MLATransformerConfig) that this config describes.
@@ -488,6 +510,10 @@ class AutoBridge:
         from shardway.live.export import provider_of
 
         return provider_of(self.config, load=load, dtype=dtype, weights=weights)
+
+
+def _config_text(values: Mapping[str, object]) -> bytes:
+    return (json.dumps(values, indent=2, sort_keys=True, default=str) + "\n").encode()
 
 
 def _directory(path: str | os.PathLike[str]) -> Path:

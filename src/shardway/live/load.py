@@ -66,7 +66,11 @@ class LoadReport:
 
 
 def load_huggingface(
-    model: nn.Module | Sequence[nn.Module], path: str | os.PathLike[str], *, workers: int | None = None
+    model: nn.Module | Sequence[nn.Module],
+    path: str | os.PathLike[str],
+    *,
+    config: Mapping[str, object] | None = None,
+    workers: int | None = None,
 ) -> LoadReport:
     """Fill a live Megatron model with the weights of a Hugging Face directory, or change nothing of it.
 
@@ -77,6 +81,7 @@ def load_huggingface(
     Args:
         model: A megatron-core model, or the list of its pipeline chunks on this rank.
         path: Directory with config.json and safetensors.
+        config: What stands for the directory's own config.
         workers: Threads; by default one per processor, at most 4.
 
     Returns:
@@ -93,13 +98,13 @@ def load_huggingface(
     memory = _memory(model)
     root = Path(path)
     checkpoint = open_huggingface(root)
-    config = HFConfig(checkpoint.config, str(root / CONFIG_FILE))
+    hf_config = HFConfig(checkpoint.config if config is None else config, str(root / CONFIG_FILE))
     tensors = checkpoint.catalog.tensors
     problems = Problems()
-    variants = variants_in(config, hf=tensors, recorded=memory.variants)
-    full = map_model(config, variants=variants)
+    variants = variants_in(hf_config, hf=tensors, recorded=memory.variants)
+    full = map_model(hf_config, variants=variants)
     matched = match_huggingface(full, tensors, problems)
-    mapping = _mapping(config, memory, variants)
+    mapping = _mapping(hf_config, memory, variants)
     check_model(memory, mapping, problems)
     problems.raise_if_any()
     notes = _left_out(full, mapping)
