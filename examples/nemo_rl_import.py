@@ -111,8 +111,8 @@ def reset_megatron_core() -> None:
     from megatron.core.tensor_parallel import random as tp_random
 
     rerun_state_machine.destroy_rerun_state_machine()
-    tp_random._CUDA_RNG_STATE_TRACKER = None
-    tp_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
+    tp_random._CUDA_RNG_STATE_TRACKER = None  # noqa: SLF001 - as NeMo RL does
+    tp_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False  # noqa: SLF001
 
 
 def main() -> None:

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from tests.megatron import require
-from tests.models import BY_NAME, logits_of, make_model
+from tests.models import BY_NAME, ModelSpec, logits_of, make_model
 from tests.oracle import read_safetensors, same_bits
 from tests.ranks.fleet import Ran, World
 from tests.ranks.load_tasks import tokens_of
 
 import shardway
+from shardway.families.registry import FAMILIES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,6 +48,35 @@ GRIDS: dict[str, list[Grid]] = {
     "qwen2_tied": [{"pp": 2}, {"tp": 2, "pp": 2}, {"pp": 2, "vpp": 2}],
     "deepseek_v3_mtp": [{}, {"pp": 2, "ep": 2, "first": 2}],
 }
+GPT_OSS = ModelSpec(
+    name="gpt_oss",
+    model="GptOssForCausalLM",
+    config="GptOssConfig",
+    overrides={
+        "num_hidden_layers": 2,
+        "head_dim": 16,
+        "intermediate_size": 32,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 24,
+        "attention_bias": True,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 150_000.0,
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "original_max_position_embeddings": 64,
+            "truncate": False,
+        },
+        "max_position_embeddings": 2048,
+    },
+)
+if any(GPT_OSS.model in family.architectures for family in FAMILIES):
+    # megatron-core has biases of experts without expert tensor parallelism alone.
+    GRIDS["gpt_oss"] = [
+        {**grid, "etp": 1} if "tp" in grid else grid for grid in DENSE[:-1] + MOE if grid.get("etp") != 2
+    ]
 # The first is what megatron-core itself loads, without Transformer Engine.
 IMPORTS: dict[str, list[dict[str, Any]]] = {
     "llama": [{}, {"layout": "per-layer"}],
@@ -57,6 +87,7 @@ IMPORTS: dict[str, list[dict[str, Any]]] = {
     "llama_biases": [{}],
     "qwen2_tied": [{}, {"layout": "per-layer"}],
     "deepseek_v3_mtp": [{"spec": "local"}, {}],
+    "gpt_oss": [{"spec": "local"}, {}],
 }
 # What such a model computes, beside what its shapes say.
 FIELDS: dict[str, dict[str, Any]] = {
@@ -106,8 +137,8 @@ def hf_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     @functools.cache
     def make(name: str) -> Path:
-        if name in BY_NAME and not (FIXTURES / name).exists():
-            return make_model(BY_NAME[name], root / name)
+        if not (FIXTURES / name).exists():
+            return make_model({**BY_NAME, "gpt_oss": GPT_OSS}[name], root / name)
         shutil.copytree(FIXTURES / name, root / name)
         config = json.loads((root / name / "config.json").read_text())
         (root / name / "config.json").write_text(json.dumps(config | EDITS.get(name, {})))
