@@ -99,6 +99,7 @@ class MegatronProvider:
         store["_of_config"] = frozenset(known)
         store["_load"] = load
         store["_config"] = None
+        store["_given"] = set()
         store["_fields"] = known | _MODEL_ARGUMENTS | _PADDING
         defaults = {
             "params_dtype": dtype,
@@ -138,6 +139,7 @@ class MegatronProvider:
         if name == "window_size" and isinstance(value, list):
             value = tuple(value)
         self._fields[name] = value
+        self._given.add(name)
         self.__dict__["_config"] = None
 
     def adopt_sizes(self) -> None:
@@ -163,11 +165,11 @@ class MegatronProvider:
         """The config that the model's chunks share; made anew after any field was set."""
         if self._config is not None:
             return self._config
-        fields = {name: self._fields[name] for name in self._of_config}
-        if fields["pipeline_model_parallel_size"] > 1 and fields["pipeline_dtype"] is None:
-            fields["pipeline_dtype"] = fields["params_dtype"]
+        fields = {name: self._fields[name] for name in self._of_config & self._given}
+        if self.pipeline_model_parallel_size > 1 and self.pipeline_dtype is None:
+            fields["pipeline_dtype"] = self.params_dtype
         with _refusals("refuses this config"):
-            config = self._kind(**{name: value for name, value in fields.items() if value is not None})
+            config = self._kind(**fields)
         for name, value in self._fields.items():
             if name.startswith(_CONFIG_ATTRIBUTES):
                 setattr(config, name, value)

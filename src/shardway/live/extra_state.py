@@ -31,7 +31,7 @@ def restore(setters: Mapping[str, Callable[[object], None]], checkpoint: TorchDi
 
     *Ranks*: local.
     """
-    values: dict[DcpLocation, object] = {}
+    values: dict[DcpLocation, torch.Tensor | None] = {}
     unknown: list[str] = []
     for key, give in setters.items():
         location = checkpoint.metadata.objects.get(key)
@@ -39,24 +39,29 @@ def restore(setters: Mapping[str, Callable[[object], None]], checkpoint: TorchDi
             continue
         if location not in values:
             try:
-                values[location] = _unwrapped(checkpoint.read_object(key))
-            except ShardwayError:
+                values[location] = _state_in(checkpoint.read_object(key))
+            except (ShardwayError, _UnknownFormError):
                 values[location] = None
                 unknown.append(key)
-        if values[location] is not None:
-            give(values[location])
+        state = values[location]
+        if state is not None:
+            give(state)
     if not unknown:
         return ()
     return (f"{len(unknown)} extra states were left as they are, such as {unknown[0]}: their form is not known",)
 
 
-def _unwrapped(value: object) -> object:
+class _UnknownFormError(ValueError):
+    """An object that is no tensor."""
+
+
+def _state_in(value: object) -> torch.Tensor | None:
     """The state in an object as megatron-core stores it; None for a placeholder."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    if isinstance(value, SavedTensor):
-        if not value.data:
-            return None
-        dtype: torch.dtype = getattr(torch, value.dtype.name)
-        return torch.frombuffer(bytearray(value.data), dtype=dtype).reshape(value.shape)
-    return value
+    if value is None or (isinstance(value, SavedTensor) and not value.data):
+        return None
+    if not isinstance(value, SavedTensor):
+        raise _UnknownFormError
+    dtype: torch.dtype = getattr(torch, value.dtype.name)
+    return torch.frombuffer(bytearray(value.data), dtype=dtype).reshape(value.shape)
