@@ -66,19 +66,14 @@ class AutoBridge:
                 run, and no weights are loaded yet.
 
         Raises:
-            ShardwayError: `not-a-checkpoint`, `config-missing`, `config-invalid`; `option-invalid` for a name that is
-                neither.
+            ShardwayError: `not-a-checkpoint`, `config-missing`, `config-invalid`.
 
         *Ranks*: local.
         """
         root = _directory(path)
         config, small_files = read_companions(root)
         files: dict[str, Path | bytes] = {file.name: root / file.name for file in small_files}
-        unknown = sorted(overrides.keys() - config.keys() - _OF_TRANSFORMERS)
-        if unknown:
-            what = f"{', '.join(unknown)}: neither a key of the config nor an argument of transformers' from_pretrained"
-            raise ShardwayError(Problem(code=Code.OPTION_INVALID, what=what, file=root / CONFIG_FILE))
-        changed = {key: value for key, value in overrides.items() if key in config and key not in _OF_TRANSFORMERS}
+        changed = {key: value for key, value in overrides.items() if key not in _OF_TRANSFORMERS}
         if changed:
             config = {**config, **changed}
             files[CONFIG_FILE] = _config_text(config)
