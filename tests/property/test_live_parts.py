@@ -27,7 +27,7 @@ from shardway.live import reader  # noqa: E402
 from shardway.live.cuts import cuts_of  # noqa: E402
 from shardway.live.memory import Deferred, Target, grid_of  # noqa: E402
 from shardway.live.pieces import indexed  # noqa: E402
-from shardway.live.reader import Filler, Lane, Region, Source, jobs_of  # noqa: E402
+from shardway.live.reader import CountedFiles, Filler, Lane, Region, jobs_of  # noqa: E402
 from shardway.live.records import Shard  # noqa: E402
 
 EXAMPLES = settings(max_examples=80, deadline=None)
@@ -88,7 +88,7 @@ def test_boxes_are_filled(mosaic: Mosaic, data: st.DataObject) -> None:
             "_STEP_BYTES": data.draw(st.sampled_from([4, 30, 4096])),
             "_MAX_VECTORS": data.draw(st.sampled_from([1, 2, 512])),
         }
-        with mock.patch.multiple(reader, **limits), Source(Path(folder)) as source:
+        with mock.patch.multiple(reader, **limits), CountedFiles(Path(folder)) as source:
             filler = Filler(targets, wanted, {})
             lane = Lane(source, filler)
             for job in jobs_of(cuts, targets, tensors, {}):
@@ -124,7 +124,7 @@ def test_interleaved_columns_are_read_once() -> None:
     bfloat16 = dtype_of_torch("bfloat16")
     halves = [Shard("m", bfloat16, (2, 8, 3), (0, 4 * odd, 0), (2, 4, 3), 0) for odd in (0, 1)]
     targets = [Target(half, torch.zeros(half.size, dtype=torch.bfloat16), None, 0) for half in halves]
-    with tempfile.TemporaryDirectory() as folder, Source(Path(folder)) as source:
+    with tempfile.TemporaryDirectory() as folder, CountedFiles(Path(folder)) as source:
         tensors = {"w": stored(Path(folder), "w", values, [Box((0, 0, 0), (2, 3, 8))])}
         cuts = cuts_of(halves, tiles, tensors)
         jobs = jobs_of(cuts, targets, tensors, {})
@@ -145,7 +145,7 @@ def test_shifted_values() -> None:
     shard = Shard("m", dtype_of_torch("bfloat16"), (3,), (0,), (3,), 0)
     target = Target(shard, torch.zeros(3, dtype=torch.bfloat16), None, 0)
     tile = Tile((3,), Side("w", (0,), ((0, 1),)), Side("m", (0,), ((0, 1),)))
-    with tempfile.TemporaryDirectory() as folder, Source(Path(folder)) as source:
+    with tempfile.TemporaryDirectory() as folder, CountedFiles(Path(folder)) as source:
         array = stored_values.view(torch.int16).numpy().view(np.uint16)
         tensors = {"w": stored(Path(folder), "w", array, [Box((0,), (3,))])}
         filler = Filler([target], [3], {"m": -1.0})
@@ -161,7 +161,7 @@ def test_overflows_are_counted() -> None:
     shard = Shard("m", dtype_of_torch("float16"), (2,), (0,), (2,), 0)
     target = Target(shard, torch.zeros(2, dtype=torch.float16), None, 0)
     tile = Tile((2,), Side("w", (0,), ((0, 1),)), Side("m", (0,), ((0, 1),)))
-    with tempfile.TemporaryDirectory() as folder, Source(Path(folder)) as source:
+    with tempfile.TemporaryDirectory() as folder, CountedFiles(Path(folder)) as source:
         array = torch.tensor([1.0, 1e30], dtype=torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
         tensors = {"w": stored(Path(folder), "w", array, [Box((0,), (2,))])}
         filler = Filler([target], [2], {})

@@ -200,12 +200,17 @@ class AutoBridge:
 
         *Ranks*: local.
         """
+        from shardway.live.building import provider_of
         from shardway.live.load import load_huggingface
 
         if not load_weights:
-            return self._provider(None, dtype, None)
+            return provider_of(self.config, load=None, dtype=dtype)
         weights = self._weights(hf_path)
-        return self._provider(lambda chunks: load_huggingface(chunks, weights, config=self.config), dtype, weights)
+
+        def load(chunks: Sequence[nn.Module]) -> None:
+            load_huggingface(chunks, weights, config=self.config)
+
+        return provider_of(self.config, load=load, dtype=dtype, hf=weights)
 
     def to_transformer_config(self, **fields: Any) -> Any:
         """The megatron-core TransformerConfig (MLATransformerConfig) that this config describes.
@@ -292,9 +297,13 @@ class AutoBridge:
         *Ranks*: as `to_megatron_model`.
         """
         del skip_temp_dist_context
+        from shardway.live.building import provider_of
         from shardway.live.load import load_torch_dist
 
-        provider = self._provider(lambda chunks: load_torch_dist(chunks, path, config=self.config), dtype, None)
+        def load(chunks: Sequence[nn.Module]) -> None:
+            load_torch_dist(chunks, path, config=self.config)
+
+        provider = provider_of(self.config, load=load, dtype=dtype, megatron=Path(path))
         provider.adopt_sizes()
         for name, value in (mp_overrides or {}).items():
             setattr(provider, name, value)
@@ -500,11 +509,6 @@ class AutoBridge:
             cure = "pass the directory of the weights, or use AutoBridge.from_hf_pretrained"
             raise ShardwayError(Problem(code=Code.NOT_A_CHECKPOINT, what=what, cure=cure))
         return self.root
-
-    def _provider(self, load: Any, dtype: torch.dtype | str | None, weights: Path | None) -> MegatronProvider:
-        from shardway.live.export import provider_of
-
-        return provider_of(self.config, load=load, dtype=dtype, weights=weights)
 
 
 def _config_text(values: Mapping[str, object]) -> bytes:

@@ -24,9 +24,14 @@ from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
 from shardway.core.errors import Code, Problem, Problems, ShardwayError
+from shardway.families.config import HFConfig
+from shardway.families.mapping import map_model, variants_in
+from shardway.formats.huggingface import CONFIG_FILE, open_huggingface
+from shardway.formats.torch_dist import open_torch_dist
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from torch import nn
 
@@ -304,6 +309,47 @@ def _refusals(doing: str) -> Iterator[None]:
     except (ValueError, TypeError, AssertionError) as error:
         what = f"megatron-core {doing}: {error}"
         raise ShardwayError(Problem(code=Code.OPTION_INVALID, what=what)) from error
+
+
+def provider_of(
+    values: Mapping[str, object],
+    *,
+    load: Callable[[Sequence[nn.Module]], object] | None,
+    dtype: torch.dtype | str | None,
+    hf: Path | None = None,
+    megatron: Path | None = None,
+) -> MegatronProvider:
+    """The megatron-core model that a config describes, to be built.
+
+    Args:
+        values: Content of config.json.
+        load: Loads weights into the chunks that were built.
+        dtype: Of the parameters; None for what the config says.
+        hf: Directory of Hugging Face weights whose names decide in which of several forms the model is.
+        megatron: A torch_dist checkpoint whose keys do.
+
+    Raises:
+        ShardwayError: `architecture-unsupported`, `config-invalid`, `option-invalid`; what opening either raises.
+
+    *Ranks*: local.
+    """
+    config = HFConfig(values, CONFIG_FILE)
+    names = None if hf is None else open_huggingface(hf).catalog.tensors
+    keys = None if megatron is None else open_torch_dist(megatron, wanted=lambda _: False).metadata.tensors
+    mapping = map_model(config, variants=variants_in(config, hf=names, mcore=keys))
+    return MegatronProvider(mapping.megatron_config, dtype=_dtype(config, dtype), load=load)
+
+
+def _dtype(config: HFConfig, wanted: torch.dtype | str | None) -> torch.dtype:
+    if isinstance(wanted, torch.dtype):
+        return wanted
+    name = (wanted or config.dtype or "bfloat16").removeprefix("torch.")
+    found = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(name, name)
+    dtype = getattr(torch, found, None)
+    if found not in ("bfloat16", "float16", "float32") or not isinstance(dtype, torch.dtype):
+        what = f"dtype={name!r}; expected bfloat16, float16 or float32"
+        raise ShardwayError(Problem(code=Code.OPTION_INVALID, what=what))
+    return dtype
 
 
 def has_transformer_engine() -> bool:

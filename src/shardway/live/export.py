@@ -1,73 +1,29 @@
-"""What a bridge asks of live models beside saving and loading: building them, and handing out their weights."""
+"""Handing out the weights of a live model under their Hugging Face names."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
-from shardway.core.errors import Code, Problem, Problems, ShardwayError
+from shardway.core.errors import Problems
 from shardway.families.config import HFConfig
 from shardway.families.layout import Layout
 from shardway.families.mapping import map_model, variants_in
-from shardway.formats.huggingface import CONFIG_FILE, open_huggingface
+from shardway.formats.huggingface import CONFIG_FILE
 from shardway.live.fitting import check_model
 from shardway.live.gather import export_weights
 from shardway.live.pieces import own_pieces
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import nn
 
     from shardway.families.mapping import ModelMapping
-    from shardway.live.building import MegatronProvider
     from shardway.live.gather import HFWeight
     from shardway.live.pieces import HFPiece
     from shardway.live.state import LiveState
 
 _DEFAULT_TIMEOUT_MINUTES = 10.0
-
-
-def provider_of(
-    values: Mapping[str, object],
-    *,
-    load: Callable[[Sequence[nn.Module]], object] | None,
-    dtype: torch.dtype | str | None,
-    weights: Path | None,
-) -> MegatronProvider:
-    """The megatron-core model that a config describes, to be built.
-
-    Args:
-        values: Content of config.json.
-        load: Loads weights into the chunks that were built.
-        dtype: Of the parameters; None for what the config says.
-        weights: Directory of Hugging Face weights whose names decide in which of several forms the model is.
-
-    Raises:
-        ShardwayError: `architecture-unsupported`, `config-invalid`, `option-invalid`; what `open_huggingface` raises.
-
-    *Ranks*: local.
-    """
-    from shardway.live.building import MegatronProvider  # megatron-core takes seconds to import
-
-    config = HFConfig(values, CONFIG_FILE)
-    variants = variants_in(config, hf=open_huggingface(weights).catalog.tensors if weights is not None else None)
-    mapping = map_model(config, variants=variants)
-    return MegatronProvider(mapping.megatron_config, dtype=_dtype(config, dtype), load=load)
-
-
-def _dtype(config: HFConfig, wanted: torch.dtype | str | None) -> torch.dtype:
-    if isinstance(wanted, torch.dtype):
-        return wanted
-    name = (wanted or config.dtype or "bfloat16").removeprefix("torch.")
-    found = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(name, name)
-    dtype = getattr(torch, found, None)
-    if found not in ("bfloat16", "float16", "float32") or not isinstance(dtype, torch.dtype):
-        what = f"dtype={name!r}; expected bfloat16, float16 or float32"
-        raise ShardwayError(Problem(code=Code.OPTION_INVALID, what=what))
-    return dtype
 
 
 def mapping_of(state: LiveState, values: Mapping[str, object], hf: Sequence[str] | None = None) -> ModelMapping:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import math
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -120,6 +121,8 @@ def _plan(
 
 
 def _is_whole(shape: Shape, parts: Sequence[Part]) -> bool:
+    if sum(part.tile.num_elements for part in parts) != math.prod(shape):
+        return False
     return cover_fault(shape, [part.tile for part in parts], mcore=False) is None
 
 

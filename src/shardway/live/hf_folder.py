@@ -88,8 +88,9 @@ class HuggingFaceFolder:
         shared = self._staging(staging)
         shared.create()
         with failing("find the free space", shared.path, Code.DESTINATION_UNWRITABLE):
+            is_new = not any((shared.path / name).exists() for name in self.layout.files)
             free = shutil.disk_usage(shared.path).free
-        if self.layout.num_bytes > free:
+        if is_new and self.layout.num_bytes > free:
             raise ShardwayError(
                 Problem(
                     code=Code.NO_SPACE,

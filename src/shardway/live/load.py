@@ -14,7 +14,7 @@ from shardway.core.errors import Code, Problems, ShardwayError
 from shardway.core.tensors import Chunk, StoredTensor
 from shardway.core.tiles import reach
 from shardway.families.config import HFConfig
-from shardway.families.layout import Layout, layout_of
+from shardway.families.layout import layout_of
 from shardway.families.mapping import map_model, variants_in
 from shardway.formats.huggingface import CONFIG_FILE, open_huggingface
 from shardway.formats.torch_dist import open_torch_dist
@@ -22,7 +22,7 @@ from shardway.live.blocks import synchronise
 from shardway.live.cuts import cuts_of
 from shardway.live.extra_state import restore
 from shardway.live.fitting import check_model, match_stored, relate, tail_of
-from shardway.live.reader import Filler, Lane, Source, jobs_of, same_bytes
+from shardway.live.reader import CountedFiles, Filler, Lane, jobs_of, same_bytes
 from shardway.plans.matching import is_training_state, match_huggingface, tied_problem
 from shardway.plans.streams import chunk_problems
 from shardway.run.engine import parse_workers
@@ -108,7 +108,7 @@ def load_huggingface(
     check_model(memory, mapping, problems)
     problems.raise_if_any()
     notes = _left_out(full, mapping)
-    with Source(root) as source:
+    with CountedFiles(root) as source:
         _check_copies(memory, mapping.tiles, matched.copies, checkpoint.catalog, source)
         return _fill(memory, mapping.tiles, mapping.shifts, checkpoint.catalog, source, threads, began, notes)
 
@@ -163,7 +163,7 @@ def load_torch_dist(
     _check_dtypes(memory, tiles, checkpoint.catalog, problems)
     problems.raise_if_any()
     notes = () if mapping is None or stored is None else _left_out(stored, mapping)
-    with Source(checkpoint.root) as source:
+    with CountedFiles(checkpoint.root) as source:
         report = _fill(memory, tiles, {}, checkpoint.catalog, source, threads, began, notes)
     return replace(report, notes=report.notes + restore(_extra_states(model), checkpoint))
 
@@ -187,7 +187,7 @@ def _extra_states(model: nn.Module | Sequence[nn.Module]) -> dict[str, Callable[
 def _mapping(config: HFConfig, memory: ModelMemory, variants: Mapping[str, bool]) -> ModelMapping:
     """What a config says of the model: multi-token prediction is left out where the model has none."""
     absent = {"mtp": False} if not memory.variants.get("mtp") else {}
-    return map_model(config, Layout.PER_LAYER if memory.per_layer else None, variants={**variants, **absent})
+    return map_model(config, memory.layout, variants={**variants, **absent})
 
 
 def _mappings(
@@ -221,7 +221,7 @@ def _fill(
     tiles: Sequence[Tile],
     shifts: Mapping[str, float],
     catalog: Catalog,
-    source: Source,
+    source: CountedFiles,
     num_threads: int,
     began: float,
     notes: tuple[str, ...],
@@ -288,7 +288,7 @@ def _padded(memory: ModelMemory, filled: Sequence[int]) -> list[Target]:
 
 
 def _check_copies(
-    memory: ModelMemory, tiles: Iterable[Tile], copies: Mapping[str, str], catalog: Catalog, source: Source
+    memory: ModelMemory, tiles: Iterable[Tile], copies: Mapping[str, str], catalog: Catalog, source: CountedFiles
 ) -> None:
     """Prove that tensors which are there twice are equal, as far as this rank has a part of them."""
     problems = Problems()
@@ -315,7 +315,7 @@ def _check_dtypes(memory: ModelMemory, tiles: Iterable[Tile], catalog: Catalog, 
             problems.add(Code.DTYPE_UNSUPPORTED, what, tensor=tile.hf.tensor)
 
 
-def _run(jobs: Sequence[Direct | Region], filler: Filler, source: Source, num_threads: int) -> None:
+def _run(jobs: Sequence[Direct | Region], filler: Filler, source: CountedFiles, num_threads: int) -> None:
     """Work through all jobs on several threads; the first error stops all."""
     waiting = iter(jobs)
     lock = threading.Lock()
@@ -346,6 +346,9 @@ def _run(jobs: Sequence[Direct | Region], filler: Filler, source: Source, num_th
             thread.join()
     except BaseException:
         stop.set()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
         raise
     if errors:
         raise errors[0]

@@ -148,7 +148,6 @@ def megatron_memory(model: nn.Module | Sequence[nn.Module]) -> ModelMemory:
     return ModelMemory(
         targets=tuple(targets),
         resizable=frozenset(resizable),
-        per_layer=bool(wanted.get("non_homogeneous_layers")),
         variants=_variants(chunks),
         num_layers=getattr(configs[0], "num_layers", None) if configs else None,
         is_whole=not parallel_state.is_initialized() or parallel_state.get_pipeline_model_parallel_world_size() == 1,

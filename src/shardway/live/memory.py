@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.core.boxes import Box
+from shardway.families.layout import layout_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from shardway.core.tensors import Shape
     from shardway.core.tiles import Side
+    from shardway.families.layout import Layout
     from shardway.live.records import Shard
 
 
@@ -60,7 +62,6 @@ class ModelMemory:
     Attributes:
         targets: In the order of the state dict; a box may be there several times.
         resizable: Keys of tensors that megatron-core pads on their first axis (`LiveState.resizable`).
-        per_layer: Whether its keys are per layer.
         variants: In which of the forms that model families know the model is (`LiveState.variants`).
         num_layers: Layers of the whole model, where its config says so.
         is_whole: Whether this rank has all pipeline stages.
@@ -68,10 +69,15 @@ class ModelMemory:
 
     targets: tuple[Target, ...]
     resizable: frozenset[str]
-    per_layer: bool
     variants: Mapping[str, bool]
     num_layers: int | None
     is_whole: bool
+
+    @property
+    def layout(self) -> Layout | None:
+        """How its keys tell the layers of its decoder apart; None where this rank has none of them."""
+        keys = [target.shard.key for target in self.targets if target.shard.key.startswith("decoder.layers.")]
+        return layout_of(keys) if keys else None
 
     @property
     def num_bytes(self) -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from shardway.core.boxes import Box, hull, row_major_strides
+from shardway.core.boxes import Box, hull, row_major_strides, span
 from shardway.core.tiles import linearise, reach, restrict, runs
 from shardway.live.memory import grid_of
 from shardway.plans.chunking import split_box
@@ -141,17 +141,26 @@ def _direct(file: str, found: list[Run]) -> Iterator[Direct]:
 
 
 def _boxes(cuts: Sequence[Cut]) -> list[tuple[Box, list[Cut]]]:
-    """Boxes that don't overlap, with the cuts that lie in each: parts that are interleaved are read together."""
-    found: list[tuple[Box, list[Cut]]] = []
+    """Boxes that don't overlap, with the cuts that lie in each: parts that are interleaved are read together.
+
+    Args:
+        cuts: On one chunk, by rising position.
+    """
+    done: list[tuple[Box, list[Cut]]] = []
+    near: list[tuple[Box, list[Cut]]] = []  # may still meet one that follows
     for cut in cuts:
         side = cut.tile.hf
+        strides = row_major_strides(cut.chunk.size)
         box, inside = Box(side.base, reach(cut.tile.sizes, side.steps, len(side.base))), [cut]
-        while overlapping := [each for each in found if _overlap(each[0], box)]:
-            found = [each for each in found if each not in overlapping]
+        first = span(box, strides)[0]
+        done += [each for each in near if span(each[0], strides)[1] < first]
+        near = [each for each in near if span(each[0], strides)[1] >= first]
+        while overlapping := [each for each in near if _overlap(each[0], box)]:
+            near = [each for each in near if not _overlap(each[0], box)]
             box = hull([box, *(each[0] for each in overlapping)])
             inside = [*(cut for each in overlapping for cut in each[1]), *inside]
-        found.append((box, inside))
-    return found
+        near.append((box, inside))
+    return done + near
 
 
 def _overlap(one: Box, other: Box) -> bool:
@@ -161,7 +170,7 @@ def _overlap(one: Box, other: Box) -> bool:
     )
 
 
-class Source(Files):
+class CountedFiles(Files):
     """The files of a checkpoint that is loaded; every byte of a tensor that is read is counted here.
 
     Args:
@@ -281,7 +290,7 @@ class Lane:
         filler: Where they belong.
     """
 
-    def __init__(self, files: Source, filler: Filler) -> None:
+    def __init__(self, files: CountedFiles, filler: Filler) -> None:
         self._files = files
         self._filler = filler
         self._stages: dict[torch.device, tuple[_Stage, _Stage]] = {}
@@ -346,10 +355,12 @@ class _Stage:
     """
 
     def __init__(self, device: torch.device) -> None:
-        on_gpu = device.type == "cuda"
-        self._host = torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=on_gpu)
         self._device: torch.Tensor | None = None
-        if on_gpu:
+        if device.type != "cuda":
+            self._host = torch.empty(BUFFER_BYTES, dtype=torch.uint8)
+            return
+        with torch.cuda.device(device):  # pinning memory would otherwise make a context on the first GPU
+            self._host = torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=True)
             self._device = torch.empty(BUFFER_BYTES, dtype=torch.uint8, device=device)
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._stream.wait_stream(torch.cuda.current_stream(device))
@@ -376,7 +387,7 @@ class _Stage:
             self._stream.synchronize()
 
 
-def same_bytes(files: Source, one: StoredTensor, other: StoredTensor, box: Box) -> bool:
+def same_bytes(files: CountedFiles, one: StoredTensor, other: StoredTensor, box: Box) -> bool:
     """Whether two stored tensors of one dtype, each in one chunk, have the same bytes in a box."""
     itemsize = one.dtype.itemsize
     for part in split_box(box, BUFFER_BYTES // itemsize):
@@ -389,7 +400,7 @@ def same_bytes(files: Source, one: StoredTensor, other: StoredTensor, box: Box) 
     return True
 
 
-def _read_box(files: Source, chunk: Chunk, box: Box, itemsize: int, view: memoryview) -> None:
+def _read_box(files: CountedFiles, chunk: Chunk, box: Box, itemsize: int, view: memoryview) -> None:
     """Fill `view` with a box of a chunk, row-major: exactly its bytes."""
     strides = row_major_strides(chunk.size)
     inner = len(box.size)
