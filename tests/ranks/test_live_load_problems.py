@@ -108,7 +108,7 @@ def found(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
             ["tensor-missing", "shape-mismatch", "tensor-unexpected"],
             [UP, DOWN, "model.layers.0.mlp.side_proj.weight"],
         ),
-        ("tied", ["tensor-unexpected"], ["output_layer.weight"]),
+        ("tied", ["tensor-missing"], ["lm_head.weight"]),
         ("no checkpoint", ["not-a-checkpoint"], [None]),
     ],
 )
