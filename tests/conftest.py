@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import pytest
+from hypothesis import settings
 from tests.megatron import require
 from tests.models import BY_NAME, logits_of, make_model, tokens_for
 
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
+
+
+settings.register_profile("any machine", deadline=None)  # however slow it is and however busy
+settings.load_profile("any machine")
 
 
 class Imported(Protocol):

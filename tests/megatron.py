@@ -75,6 +75,8 @@ class Job:
     pipeline_parallel: int = 1
     metadata: Mapping[str, bool] | None = None
     """Passed to ``sharded_state_dict``; None for the checkpoint's own ``content_metadata``, as Megatron-LM does."""
+    wide_norms: bool = False
+    """Whether query and key norms span all heads, as in Megatron Bridge's layers for OLMoE and MiniMax-M2."""
 
     @property
     def num_processes(self) -> int:
@@ -352,7 +354,11 @@ def _build(job: Mapping[str, Any]) -> Any:
     import torch
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_decoder_block_spec,
+        get_gpt_layer_local_spec,
+        get_gpt_mtp_block_spec,
+    )
     from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
     fields = dict(job["fields"])
@@ -382,9 +388,13 @@ def _build(job: Mapping[str, Any]) -> Any:
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization)
     else:
         spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    if job["wide_norms"]:
+        _widen_norms(spec.layer_specs)
+    predicting = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False) if config.mtp_num_layers else None
     model = GPTModel(
         config,
         spec,
+        mtp_block_spec=predicting,
         parallel_output=False,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
@@ -394,6 +404,27 @@ def _build(job: Mapping[str, Any]) -> Any:
         for parameter in model.parameters():
             parameter.fill_(torch.nan)  # what a load leaves out must not pass for a weight
     return model.eval()
+
+
+def _widen_norms(layers: Sequence[Any]) -> None:
+    """Stand in for the layers that Megatron Bridge has for such models: norms over all query or key heads at once."""
+    import torch
+
+    class OverAllHeads(torch.nn.RMSNorm):
+        def forward(self, heads: torch.Tensor) -> torch.Tensor:
+            return super().forward(heads.flatten(-2)).view_as(heads)
+
+    class OfQueries:
+        def __new__(cls, *, config: Any, hidden_size: int, eps: float) -> Any:
+            return OverAllHeads(config.num_attention_heads * hidden_size, eps)
+
+    class OfKeys:
+        def __new__(cls, *, config: Any, hidden_size: int, eps: float) -> Any:
+            return OverAllHeads(config.num_query_groups * hidden_size, eps)
+
+    for layer in layers:
+        layer.submodules.self_attention.submodules.q_layernorm = OfQueries
+        layer.submodules.self_attention.submodules.k_layernorm = OfKeys
 
 
 def _activation(name: str) -> Any:
@@ -440,6 +471,8 @@ def _forward(model: Any, job: Mapping[str, Any]) -> torch.Tensor | None:
         hidden = torch.empty(length, num_sequences, model.config.hidden_size)
         torch.distributed.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
         model.set_input_tensor(hidden)
+    if model.config.mtp_num_layers:  # loaded all the same; without labels they can't run
+        model.mtp_process, model.config.mtp_num_layers = False, None
     output = model(tokens, positions, mask)
     if not parallel_state.is_pipeline_last_stage():
         torch.distributed.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())

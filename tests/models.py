@@ -181,7 +181,10 @@ def make_model(
 
 
 def randomise(model: torch.nn.Module, *, seed: int) -> None:
-    """Fill every parameter from a seeded generator: matrices keep the scale of their input, norms lie in [0.5, 1.5]."""
+    """Fill every tensor that is saved from a seeded generator.
+
+    Matrices keep the scale of their input, norms lie in [0.5, 1.5], buffers are small.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -193,6 +196,10 @@ def randomise(model: torch.nn.Module, *, seed: int) -> None:
                 parameter.normal_(0.0, 0.5, generator=generator)
             else:
                 parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
+        saved = model.state_dict().keys()
+        for name, buffer in model.named_buffers():
+            if name in saved:
+                buffer.normal_(0.0, 0.1, generator=generator)
 
 
 def tokens_for(spec: ModelSpec) -> list[list[int]]:

@@ -1,7 +1,9 @@
 """shardway: the way for model weights between Hugging Face (safetensors) and Megatron-Core (torch_dist).
 
-`import_hf` and `export_hf` convert checkpoints, `verify` compares two of any kind, `inspect` looks into one and `plan`
-says what a conversion would do. None of them needs torch, a GPU or a process group. `AutoBridge` saves live models.
+`import_hf` and `export_hf` convert checkpoints, `verify` compares two of any kind or holds one against its record,
+`inspect` looks into one and `plan` says what a conversion would do. `is_complete` tells whether something is a whole
+checkpoint, `clean` removes what killed runs have left. None of them needs torch, a GPU or a process group. `AutoBridge`
+saves live models.
 """
 
 from __future__ import annotations
@@ -17,13 +19,17 @@ if TYPE_CHECKING:
     from shardway.convert.planning import PlanReport, plan
     from shardway.convert.report import ConversionReport
     from shardway.core.errors import Code, Problem, ShardwayError
+    from shardway.run.cleaning import CleanReport, clean
     from shardway.run.progress import Progress
+    from shardway.verification.complete import is_complete
     from shardway.verification.inspection import InspectReport, inspect
-    from shardway.verification.pair import VerifyReport, verify
+    from shardway.verification.pair import verify
+    from shardway.verification.report import VerifyReport
 
 # Where each public name lives; imported on first use, so that `import shardway` costs next to nothing.
 _HOMES = {
     "AutoBridge": "bridge.auto",
+    "CleanReport": "run.cleaning",
     "Code": "core.errors",
     "ConversionReport": "convert.report",
     "InspectReport": "verification.inspection",
@@ -31,16 +37,19 @@ _HOMES = {
     "Problem": "core.errors",
     "Progress": "run.progress",
     "ShardwayError": "core.errors",
-    "VerifyReport": "verification.pair",
+    "VerifyReport": "verification.report",
+    "clean": "run.cleaning",
     "export_hf": "convert.exporting",
     "import_hf": "convert.importing",
     "inspect": "verification.inspection",
+    "is_complete": "verification.complete",
     "plan": "convert.planning",
     "verify": "verification.pair",
 }
 
 __all__ = [
     "AutoBridge",
+    "CleanReport",
     "Code",
     "ConversionReport",
     "InspectReport",
@@ -50,9 +59,11 @@ __all__ = [
     "ShardwayError",
     "VerifyReport",
     "__version__",
+    "clean",
     "export_hf",
     "import_hf",
     "inspect",
+    "is_complete",
     "plan",
     "verify",
 ]

@@ -43,8 +43,13 @@ class FamilySpec:
         released: The architecture that `edit` makes of it, where that is another.
         dtype: Of the weights.
         edit: Changes the written directory to what a released model looks like.
+        packed: Whether all experts of a layer are written as one tensor, as transformers has them in memory.
+        twin: Whether transformers can't run what `edit` made, so that the model before it stands in for it in
+            `reference`.
         megatron: Empty where megatron-core's own layers run such a model on a CPU; else why not.
         megatron_fields: Fields of megatron-core's config to be changed so that it runs.
+        wide_norms: Whether its layers get query and key norms that span all heads, which megatron-core lacks.
+        unasked: Endings of keys that such a Megatron model leaves in the checkpoint.
         tolerance: On the difference of float32 logits.
     """
 
@@ -57,8 +62,12 @@ class FamilySpec:
     released: str = ""
     dtype: str = "bfloat16"
     edit: Callable[[Path], None] | None = None
+    packed: bool = False
+    twin: bool = False
     megatron: str = ""
     megatron_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    wide_norms: bool = False
+    unasked: tuple[str, ...] = ()
     tolerance: float = 1e-4
 
     @property
@@ -76,13 +85,33 @@ class FamilySpec:
         model = getattr(transformers, self.architecture)(getattr(transformers, self.config)(**values))
         randomise(model, seed=zlib.crc32(self.name.encode()))
         model.to(getattr(torch, self.dtype))
-        model.save_pretrained(path)
+        model.save_pretrained(path, save_original_format=not self.packed)
+        if self.twin:
+            model.save_pretrained(self.reference(path))
         if self.edit is not None:
             self.edit(path)
         return path
+
+    def reference(self, path: Path) -> Path:
+        """The directory with which transformers computes what the model at `path` should."""
+        return path.with_name(f"{path.name}_twin") if self.twin else path
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """The config.json of a model directory."""
     values: dict[str, Any] = json.loads((path / "config.json").read_text())
     return values
+
+
+def as_released(path: Path, architecture: str, model_type: str, values: Mapping[str, object]) -> None:
+    """Change the config of a model."""
+    config = read_config(path) | {"architectures": [architecture], "model_type": model_type, **values}
+    (path / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def rewrite(path: Path, change: Any) -> None:
+    """Change the weights of a model: `change` gets them by name and returns what is to be written."""
+    from safetensors.torch import load_file, save_file
+
+    file = path / "model.safetensors"
+    save_file(change(load_file(file)), file, {"format": "pt"})

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tests.families.spec import FamilySpec, read_config
+from tests.families.spec import FamilySpec, as_released, rewrite
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
 _ZERO_CENTRED = "megatron-core's own norms can't be zero-centred"
 _POST_NORMS = "megatron-core's own layers have no norm after attention and MLP"
-
-
-def _as_released(path: Path, architecture: str, model_type: str, values: Mapping[str, object]) -> None:
-    config = read_config(path) | {"architectures": [architecture], "model_type": model_type, **values}
-    (path / "config.json").write_text(json.dumps(config, indent=2))
-
-
-def _rewrite(path: Path, change: Any) -> None:
-    """Change the weights of a model: `change` gets them by name and returns what is to be written."""
-    from safetensors.torch import load_file, save_file
-
-    file = path / "model.safetensors"
-    save_file(change(load_file(file)), file, {"format": "pt"})
 
 
 def _mimo(path: Path) -> None:
@@ -47,13 +32,13 @@ def _mimo(path: Path) -> None:
         more[f"{at}.input_proj.weight"] = torch.randn(hidden, 2 * hidden, generator=generator).bfloat16()
         return weights | more
 
-    _rewrite(path, change)
-    _as_released(path, "MiMoForCausalLM", "mimo", {"num_nextn_predict_layers": 1})
+    rewrite(path, change)
+    as_released(path, "MiMoForCausalLM", "mimo", {"num_nextn_predict_layers": 1})
 
 
 def _mimo_without(path: Path) -> None:
     """The same as transformers saves it: without the layer that its config promises."""
-    _as_released(path, "MiMoForCausalLM", "mimo", {"num_nextn_predict_layers": 1})
+    as_released(path, "MiMoForCausalLM", "mimo", {"num_nextn_predict_layers": 1})
 
 
 _BLOCKS = [
@@ -92,9 +77,9 @@ def _decilm(path: Path) -> None:
         kept["model.layers.3.mlp.linear_mlp.weight"] = made(64, 64)
         return kept
 
-    _rewrite(path, change)
+    rewrite(path, change)
     values = {"num_hidden_layers": 4, "num_key_value_heads": None, "intermediate_size": None, "block_configs": _BLOCKS}
-    _as_released(path, "DeciLMForCausalLM", "nemotron-nas", values)
+    as_released(path, "DeciLMForCausalLM", "nemotron-nas", values)
 
 
 SPECS = (
@@ -150,7 +135,7 @@ SPECS = (
         config="Qwen2Config",
         edit=_mimo,
         released="MiMoForCausalLM",
-        megatron="transformers has no such model",
+        twin=True,
     ),
     FamilySpec(
         name="mimo_without_mtp",
@@ -158,7 +143,7 @@ SPECS = (
         config="Qwen2Config",
         edit=_mimo_without,
         released="MiMoForCausalLM",
-        megatron="transformers has no such model",
+        twin=True,
     ),
     FamilySpec(
         name="decilm",

@@ -13,7 +13,8 @@ from tests.tiny import read_safetensors as read_bits
 import shardway
 from shardway.families.config import HFConfig
 from shardway.families.mapping import map_model, variants_in
-from shardway.families.registry import FAMILIES
+from shardway.families.registry import FAMILIES, family_of
+from shardway.families.restore import restore_config
 from shardway.formats.record import read_record
 from shardway.testing.families import check_family, check_words
 
@@ -61,6 +62,26 @@ def test_in_megatron_it_computes_the_same(
     np.testing.assert_allclose(
         np.asarray(megatron_logits(spec.name)), np.asarray(transformers_logits(spec.name)), rtol=0, atol=spec.tolerance
     )
+
+
+def test_its_config_comes_back_from_megatrons(spec: FamilySpec, family_model: Callable[[str], Path]) -> None:
+    model = family_model(spec.name)
+    config = HFConfig(read_config(model))
+    if family_of(config).restore is None:
+        pytest.skip("its config.json can't be told from Megatron's config")
+    mapping = map_model(config, variants=variants_in(config, hf=read_bits(model)))
+    found = restore_config(mapping.megatron_config, mapping.mcore, mapping.provider.target, spec.dtype)
+    if "ernie" in spec.name and any(key.startswith("mtp.") for key in mapping.mcore):
+        assert "tensors are unknown, such as mtp.layers.0." in found.tried["ernie4_5_moe"]
+        assert found.config is None
+        return
+    assert found.config is not None, found.tried
+    again = HFConfig(found.config)
+    restored = map_model(again, variants=variants_in(again, mcore=mapping.mcore))
+    assert restored.architecture == mapping.architecture
+    assert restored.mcore == mapping.mcore
+    assert restored.aliases == mapping.aliases
+    assert restored.megatron_config == mapping.megatron_config
 
 
 def test_every_family_has_a_spec_and_every_word_of_its_rules_a_meaning() -> None:

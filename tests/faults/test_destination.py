@@ -212,10 +212,12 @@ class TestLinksAndPaths:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "mcore", "out", "real"]
 
     def test_a_source_of_links_as_in_the_hub_cache(self, hf: Path, tmp_path: Path) -> None:
-        (tmp_path / "snapshot").mkdir()
+        cache = tmp_path / "models--some--model"
+        shutil.copytree(hf, cache / "blobs")
+        (cache / "snapshots/0123abc").mkdir(parents=True)
         for path in hf.iterdir():
-            (tmp_path / "snapshot" / path.name).symlink_to(path)
-        shardway.import_hf(tmp_path / "snapshot", tmp_path / "m", fsync=False)
+            (cache / "snapshots/0123abc" / path.name).symlink_to(f"../../blobs/{path.name}")
+        shardway.import_hf(cache / "snapshots/0123abc", tmp_path / "m", fsync=False)
         assert not any(path.is_symlink() for path in (tmp_path / "m").rglob("*"))
         assert same(read_distcp(tmp_path / "m"), MODEL.megatron(MODEL.weights()))
 
@@ -238,13 +240,31 @@ class TestReuseAndReplace:
         error = refused(tmp_path, "destination-exists", lambda: shardway.import_hf(hf, mcore, if_exists="reuse"))
         assert "changed since" in str(error)
 
-    @pytest.mark.parametrize("damage", ["__0_0.distcp", ".metadata", "shardway.json", "tracker"])
+    @pytest.mark.parametrize("damage", ["__0_0.distcp", ".metadata", "shardway.json"])
     def test_import_reuses_nothing_that_is_damaged(self, damage: str, hf: Path, mcore: Path, tmp_path: Path) -> None:
-        path = mcore / ("latest_checkpointed_iteration.txt" if damage == "tracker" else f"iter_0000000/{damage}")
-        path.unlink()
+        (mcore / "iter_0000000" / damage).unlink()
         refused(tmp_path, "destination-exists", lambda: shardway.import_hf(hf, mcore, if_exists="reuse"))
         shardway.import_hf(hf, mcore, if_exists="replace")
         assert same(read_distcp(mcore), MODEL.megatron(MODEL.weights()))
+
+    @pytest.mark.parametrize("if_exists", ["error", "reuse", "replace"])
+    def test_an_import_that_lacks_its_last_step_alone_is_finished(
+        self, if_exists: str, hf: Path, mcore: Path, tmp_path: Path
+    ) -> None:
+        (mcore / "latest_checkpointed_iteration.txt").unlink()
+        inode = (mcore / "iter_0000000").stat().st_ino
+        assert shardway.import_hf(hf, mcore, if_exists=if_exists).reused
+        assert (mcore / "latest_checkpointed_iteration.txt").read_text() == "0"
+        assert (mcore / "iter_0000000").stat().st_ino == inode
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "mcore"]
+        # Not so if it is of another model, or has other options.
+        (mcore / "latest_checkpointed_iteration.txt").unlink()
+        if if_exists != "replace":
+            refused(
+                tmp_path,
+                "destination-exists",
+                lambda: shardway.import_hf(hf, mcore, if_exists=if_exists, layout="per-layer"),
+            )
 
     def test_export_reuses_any_chunking_of_the_same_tensors(self, hf: Path, mcore: Path, tmp_path: Path) -> None:
         shardway.export_hf(mcore, tmp_path / "back", max_shard_size=300)
@@ -372,10 +392,10 @@ class TestIterations:
         refused(tmp_path, "option-invalid", lambda: shardway.import_hf(hf, tmp_path / "m", iteration=iteration))
 
     def test_leftovers_of_a_killed_run_are_in_nobodys_way(self, hf: Path, tmp_path: Path) -> None:
-        with Staging(tmp_path / "m/iter_0000000", sync=False) as staging:
-            left = staging.path.name
-            shardway.import_hf(hf, tmp_path / "m", fsync=False)
-            assert left in [path.name for path in (tmp_path / "m").iterdir()]
+        left = tmp_path / "m/.iter_0000007.shardway-staging/files-0123456789abcdef"
+        left.mkdir(parents=True)
+        shardway.import_hf(hf, tmp_path / "m", fsync=False)
+        assert left.exists()
         assert shardway.export_hf(tmp_path / "m", tmp_path / "back").iteration == "iter_0000000"
 
 
@@ -459,11 +479,12 @@ class TestFailuresWhileRunning:
         monkeypatch.setattr(Path, "rename", rename)
         monkeypatch.setattr(Path, "replace", replace)
         convert()
-        (published,) = [k for k, event in enumerate(events) if event.startswith("rename ")]
+        (published,) = [k for k, event in enumerate(events) if event.startswith("rename ") and "shardway" not in event]
         data = [k for k, event in enumerate(events) if event.endswith((".distcp", ".safetensors", "config.json"))]
         assert data
         assert max(data) < published
         trackers = [k for k, event in enumerate(events) if event.endswith("latest_checkpointed_iteration.txt")]
+        assert len(trackers) == ("iter_" in events[published])
         assert all(published < k == max(j for j, e in enumerate(events) if not e.startswith("fsync")) for k in trackers)
 
     @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, ZeroDivisionError])
@@ -637,7 +658,7 @@ def test_a_run_that_is_stopped(number: int, tmp_path: Path) -> None:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
         return
     (left,) = (tmp_path / "m").iterdir()
-    assert left.name.startswith(".iter_0000000.shardway-")
+    assert left.name == ".iter_0000000.shardway-staging"
     with pytest.raises(shardway.ShardwayError) as caught:
         shardway.export_hf(tmp_path / "m", tmp_path / "out", hf=hf)
     assert caught.value.codes == {"not-a-checkpoint"}

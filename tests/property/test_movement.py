@@ -27,6 +27,8 @@ from shardway.plans.streams import build_streams, chunk_problems, slabs
 from shardway.run import blocks, mover, strided
 from shardway.run.execute import execute
 from shardway.run.files import Files
+from shardway.run.journal import Finished, Journal, read_journal
+from shardway.run.lease import JOURNAL, Lease, staging_directory
 from shardway.run.publish import Staging
 from shardway.verification.compare import compare_plan, compare_streams
 
@@ -162,6 +164,18 @@ def writes_counted(files: dict[str, int]) -> Iterator[dict[str, Array]]:
         yield times
 
 
+@contextlib.contextmanager
+def staged(destination: Path) -> Iterator[tuple[Staging, Journal]]:
+    lease = Lease.create(destination, key="key", doing="test")
+    assert lease is not None
+    with lease, contextlib.closing(Journal(lease.journal, "key", Finished())) as journal:
+        yield Staging(lease, replace=False, sync=False), journal
+
+
+def journal_of(destination: Path) -> Path:
+    return staging_directory(destination) / JOURNAL
+
+
 def run(job: Job, direction: Direction, limits: Limits, root: Path) -> tuple[Plan, Path]:
     """Carry out a job; every byte of every file has to be written exactly once, and the digests have to be right."""
     importing = direction is Direction.IMPORT
@@ -181,9 +195,13 @@ def run(job: Job, direction: Direction, limits: Limits, root: Path) -> tuple[Pla
         targets=tuple(TargetFile(name, size) for name, size in files.items()),
     )
     advanced: list[int] = []
-    with writes_counted(files) as times, Staging(destination, sync=False) as staging, limited(limits):
-        digests = execute(plan, staging, root, limits.workers, advanced.append, {})
+    with writes_counted(files) as times, staged(destination) as (staging, journal), limited(limits):
+        digests = execute(plan, staging, root, limits.workers, advanced.append, {}, journal, Finished())
         compare_plan(plan, staging.path, limits.workers, None, digests)
+        noted = read_journal(journal_of(destination), "key").files
+        assert noted.keys() == {name for name, size in files.items() if size}
+        assert not importing or {key: each for found in noted.values() for key, each in found.items()} == digests
+        staging.seal()
         staging.publish()
     assert all((count == 1).all() for count in times.values())
     assert sum(advanced) == plan.num_bytes == job.mcore.nbytes
@@ -260,9 +278,9 @@ def test_a_flipped_bit_is_a_digest_mismatch(job: Job, limits: Limits, data: st.D
             streams=build_streams(job.mosaic.tiles, job.hf_tensors, job.mcore_tensors),
             targets=tuple(TargetFile(name, size) for name, size in job.hf_files.items()),
         )
-        with Staging(root / "out", sync=False) as staging, limited(limits):
+        with staged(root / "out") as (staging, journal), limited(limits):
             with pytest.raises(ShardwayError) as caught:
-                execute(plan, staging, root, limits.workers, lambda _: None, good)
+                execute(plan, staging, root, limits.workers, lambda _: None, good, journal, Finished())
             assert caught.value.codes == {"digest-mismatch"}
             assert caught.value.problems[0].tensor == "m"
         assert sorted(path.name for path in root.iterdir()) == ["source"]

@@ -151,7 +151,7 @@ class DiskActions:
             num_bytes = file.tell()
         return WriterResult(
             rank=self._plan.rank,
-            files=(WrittenFile(name, num_bytes),),
+            files=(WrittenFile(name, num_bytes, ""),),
             shards=tuple(shards),
             objects=tuple(objects),
         )

@@ -324,7 +324,7 @@ class World:
         step.directory.files[name] = assignment
         result = WriterResult(
             rank=process.rank.rank,
-            files=(WrittenFile(name, assignment.num_bytes),),
+            files=(WrittenFile(name, assignment.num_bytes, ""),),
             shards=tuple(WrittenShard(shard, DcpLocation(name, 0, 1), "") for shard in assignment.shards),
             objects=tuple(WrittenObject(record.key, DcpLocation(name, 0, 1)) for record in assignment.objects),
         )

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from shardway.cli.progress import progress_display
-from shardway.cli.text import human_bytes, human_count, plural, table
+from shardway.cli.text import harmless, human_bytes, human_count, plural, table
 
 if TYPE_CHECKING:
     import argparse
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from shardway.convert.report import ConversionReport
     from shardway.core.errors import Problem, ShardwayError
     from shardway.verification.inspection import InspectReport
-    from shardway.verification.pair import Difference
+    from shardway.verification.report import Difference
 
 _MOST_PROBLEMS = 50
 _MOST_DIFFERENCES = 100
@@ -31,6 +31,7 @@ def run(chosen: argparse.Namespace) -> int:
         "verify": _verify,
         "inspect": _inspect,
         "plan": _plan,
+        "clean": _clean,
         "families": _families,
     }[chosen.command](chosen)
 
@@ -49,7 +50,7 @@ def problem_text(problems: tuple[Problem, ...]) -> str:
         lines.insert(0, f"{len(problems)} problems:")
     if len(problems) > _MOST_PROBLEMS:
         lines.append(f"... and {len(problems) - _MOST_PROBLEMS} more (--json lists all)")
-    return "\n".join(lines)
+    return harmless("\n".join(lines))
 
 
 def _import(chosen: argparse.Namespace) -> int:
@@ -114,8 +115,10 @@ def _print_conversion(verb: str, report: ConversionReport, chosen: argparse.Name
     )
     checked = ", read back and compared" if report.verified else ""
     print(f"  {report.destination}{folder}: {plural(report.num_files, 'file')}, {report.layout} layout{checked}")
+    if report.resumed:
+        print(f"  {plural(report.resumed, 'file')} of an earlier run that was killed were found whole and kept")
     for note in report.notes:
-        print(f"  note: {note}")
+        print(f"  note: {harmless(note)}")
 
 
 def _verify(chosen: argparse.Namespace) -> int:
@@ -125,6 +128,11 @@ def _verify(chosen: argparse.Namespace) -> int:
         report = verify(chosen.a, chosen.b, workers=chosen.workers, progress=progress)
     if chosen.json:
         print(json.dumps(report.to_dict(), indent=2))
+    elif report.equal and report.b is None and not chosen.quiet:
+        print(
+            f"undamaged: {plural(report.num_tensors, 'tensor')}, {human_bytes(report.num_bytes)} in all files, "
+            f"{report.num_digests:,} recorded digests checked ({report.seconds:.2f} s)"
+        )
     elif report.equal and not chosen.quiet:
         digests = f", {report.num_digests:,} recorded digests checked" if report.num_digests else ""
         print(
@@ -133,10 +141,15 @@ def _verify(chosen: argparse.Namespace) -> int:
         )
     if not report.equal and not chosen.json:
         shown = report.differences[:_MOST_DIFFERENCES]
-        print(table(("tensor", "what", "detail", "first at", "elements", "max abs"), [_row(each) for each in shown]))
+        columns = ("tensor", "what", "detail", "first at", "elements", "max abs", "file")
+        print(table(columns, [_row(each) for each in shown]))
         if len(report.differences) > len(shown):
             print(f"... and {len(report.differences) - len(shown)} more (--json lists all)")
-        print(f"different: {plural(len(report.differences), 'difference')} in {report.num_tensors:,} tensors compared")
+        if report.b is None:
+            print(f"damaged: {plural(len(report.differences), 'place')} not as recorded")
+        else:
+            count = plural(len(report.differences), "difference")
+            print(f"different: {count} in {report.num_tensors:,} tensors compared")
     return 0 if report.equal else 1
 
 
@@ -148,6 +161,7 @@ def _row(difference: Difference) -> tuple[str, ...]:
         "" if difference.first_index is None else str(list(difference.first_index)),
         "" if difference.num_elements is None else f"{difference.num_elements:,}",
         "" if difference.max_abs is None else f"{difference.max_abs:.6g}",
+        difference.file or "",
     )
 
 
@@ -179,7 +193,7 @@ def _print_inspection(report: InspectReport, *, tensors: bool) -> None:
         "training state": f"{len(report.training_state):,} entries" if report.training_state else None,
         "files": f"{len(report.files):,} ({human_bytes(sum(report.files.values()))})",
     }
-    print("\n".join(f"{name:<15}{value}" for name, value in facts.items() if value is not None))
+    print(harmless("\n".join(f"{name:<15}{value}" for name, value in facts.items() if value is not None)))
     if tensors:
         rows = [
             (name, str(list(each.shape)), each.dtype, str(each.num_chunks), *([each.sha256] if each.sha256 else []))
@@ -218,7 +232,26 @@ def _print_plan(report: PlanReport) -> None:
         print(table(("", "file", "bytes"), [("", name, f"{num_bytes:,}") for name, num_bytes in files.items()]))
     print(f"disk needed: {human_bytes(report.disk_bytes)}")
     for note in report.notes:
-        print(f"note: {note}")
+        print(f"note: {harmless(note)}")
+
+
+def _clean(chosen: argparse.Namespace) -> int:
+    from shardway.run.cleaning import clean
+
+    with progress_display(quiet=chosen.quiet) as progress:
+        report = clean(chosen.path, progress=progress)
+    if chosen.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    elif not chosen.quiet:
+        for each in report.restored:
+            print(f"put back {each}: it had been put aside to be replaced")
+        for left in report.removed:
+            print(f"removed {left.path} ({human_bytes(left.num_bytes)}): {left.why}")
+        for left in report.kept:
+            print(f"kept {left.path} ({human_bytes(left.num_bytes)}): {left.why}")
+        if not (report.restored or report.removed or report.kept):
+            print(f"nothing was left of {chosen.path}")
+    return 0
 
 
 def _families(chosen: argparse.Namespace) -> int:

@@ -22,6 +22,7 @@ examples:
   shardway import ./Llama-3.1-8B ./ckpt            Hugging Face -> Megatron, ./ckpt/iter_0000000
   shardway export ./ckpt ./Llama-again             and back
   shardway verify ./Llama-3.1-8B ./ckpt            bit for bit, any pair of checkpoints
+  shardway verify ./ckpt                           every byte as it was written?
   shardway inspect ./ckpt --tensors
 
 exit status: 0 success, 1 an error or a difference (the message says what), 2 wrong usage, 130 interrupted
@@ -101,9 +102,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_shard_size(command)
     _add_output(command)
 
-    command = _command(commands, "verify", "compare two checkpoints of any kind bit for bit")
+    command = _command(commands, "verify", "compare two checkpoints bit for bit, or check one against its record")
     command.add_argument("a", metavar="A", help="Hugging Face directory, or Megatron root or iteration folder")
-    command.add_argument("b", metavar="B", help="likewise")
+    command.add_argument("b", metavar="B", nargs="?", help="likewise; without it A is held against its own digests")
     _add_workers(command)
     _add_output(command)
 
@@ -121,6 +122,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_layout(command)
     command.add_argument("--max-file-size", default="4GiB", metavar="SIZE", help="largest .distcp file (default: 4GiB)")
     _add_shard_size(command)
+    _add_output(command)
+
+    command = _command(commands, "clean", "remove what killed runs have left of a destination; never a checkpoint")
+    command.add_argument("path", metavar="PATH", help="a destination of import, export or a live save, there or not")
     _add_output(command)
 
     command = _command(commands, "families", "the architectures that are supported")

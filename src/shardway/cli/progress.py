@@ -41,8 +41,12 @@ class _Lines:
 
     def show(self, progress: Progress) -> None:
         now = time.monotonic()
-        if progress.phase != self._phase:
+        new = progress.phase != self._phase
+        if new:
             self._phase, self._began, self._last = progress.phase, now, now
+        if progress.waiting_for and (new or now - self._last >= _LINE_SECONDS):
+            self._last = now
+            print(f"waiting for {progress.waiting_for}", file=sys.stderr, flush=True)
         if now - self._last < _LINE_SECONDS or not progress.done_bytes:
             return
         self._last = now
@@ -105,8 +109,13 @@ class _Bar:
             return
         self._last = now
         if progress.phase not in self._tasks:
-            self._tasks[progress.phase] = self._bar.add_task(progress.phase, total=progress.total_bytes)
-        self._bar.update(self._tasks[progress.phase], completed=progress.done_bytes)
+            self._tasks[progress.phase] = self._bar.add_task(progress.phase, total=progress.total_bytes or None)
+        task = self._tasks[progress.phase]
+        if progress.waiting_for:
+            self._last = now
+            self._bar.update(task, description=f"waiting for {progress.waiting_for}")
+        else:
+            self._bar.update(task, completed=progress.done_bytes)
 
     def close(self) -> None:
         self._bar.stop()

@@ -31,9 +31,14 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+def harmless(text: str) -> str:
+    """The text with escapes for what can't be printed, such as the codes that a terminal obeys; lines stay lines."""
+    return "".join(each if each.isprintable() or each == "\n" else ascii(each)[1:-1] for each in text)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows in columns as wide as their widest cell; numbers are right-aligned; empty columns are left out."""
-    columns = [[name, *(row[k] for row in rows)] for k, name in enumerate(header)]
+    """Rows in columns as wide as their widest cell, safe to print; numbers are right-aligned, empty columns out."""
+    columns = [[name, *(harmless(row[k]) for row in rows)] for k, name in enumerate(header)]
     columns = [column for column in columns if any(column[1:]) or (column[0] and not rows)]
     shown = []
     for name, *cells in columns:

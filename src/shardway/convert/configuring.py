@@ -11,6 +11,7 @@ from shardway.families.megatron_lm import fields_of_args
 from shardway.families.restore import restore_config
 from shardway.formats.pickles import SavedObject
 from shardway.formats.run_config import RUN_CONFIG, read_run_config
+from shardway.formats.small_files import links_out
 from shardway.plans.imports import HF_FOLDER, TOKENIZER_FOLDER
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ def restored_config(checkpoint: TorchDistCheckpoint) -> Restored:
     """Work out the config.json of a checkpoint from Megatron's own config in it, and prove that it fits.
 
     Raises:
-        ShardwayError: `config-missing` when there is none, or when no family or several differing ones fit it.
+        ShardwayError: `config-missing` when there is none, or when no family or several differing ones fit it;
+            `path-escapes` when a file of the tokenizer is a link out of the checkpoint.
     """
     tensors = checkpoint.catalog.tensors
     shapes: dict[str, Shape] = {key: tensor.shape for key, tensor in tensors.items()}
@@ -55,6 +57,9 @@ def restored_config(checkpoint: TorchDistCheckpoint) -> Restored:
         raise _missing(checkpoint, f"no family of models fits {origin} and the tensors", found.tried)
     folder = f"{TOKENIZER_FOLDER}/"
     names = [name for name in checkpoint.files if name.startswith(folder) and "/" not in name[len(folder) :]]
+    escaping = links_out(checkpoint.root, names)
+    if escaping:
+        raise ShardwayError(escaping)
     note = f"config.json was worked out from {origin} as that of a {_architecture(found.config)}; look it over"
     return Restored(found.config, tuple((name[len(folder) :], name) for name in names), note)
 

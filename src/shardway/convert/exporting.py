@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections import Counter
@@ -9,27 +10,37 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.convert.configuring import config_json, restored_config
+from shardway.convert.existing import holds_one
 from shardway.convert.options import IfExists, choice, parse_dtype, parse_shard_size
 from shardway.convert.report import ConversionReport
-from shardway.core.errors import ShardwayError
+from shardway.convert.turns import inode, resume, resumed_bytes, take_turn, was_published, work_key
+from shardway.core.errors import Problems, ShardwayError
 from shardway.families.config import HFConfig
 from shardway.families.layout import layout_of
 from shardway.families.mapping import map_model, variants_in
 from shardway.formats.huggingface import CONFIG_FILE, open_huggingface, read_companions
-from shardway.formats.record import read_record
+from shardway.formats.iterations import find_iteration
+from shardway.formats.record import RECORD_FILE, read_record
+from shardway.formats.run_config import RUN_CONFIG
 from shardway.formats.torch_dist import open_torch_dist
 from shardway.plans.exports import ExportOptions, plan_export
+from shardway.plans.imports import HF_FOLDER
 from shardway.plans.streams import build_streams
 from shardway.run.destination import in_the_way
 from shardway.run.engine import parse_workers
-from shardway.run.execute import check_apart, execute, preflight
+from shardway.run.execute import execute
+from shardway.run.files import failing
+from shardway.run.lease import look
+from shardway.run.preflight import bytes_needed, check_apart, check_room
 from shardway.run.progress import Meter
 from shardway.run.publish import Staging
+from shardway.run.source import Snapshot, unchanged
 from shardway.verification.compare import check_readable, compare_plan, compare_streams
+from shardway.verification.integrity import check_small_files
 from shardway.verification.opening import is_model_state
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from shardway.families.mapping import ModelMapping
     from shardway.formats.record import ChunkDigests
@@ -85,20 +96,13 @@ def export_hf(
     exists = choice("if_exists", if_exists, IfExists)
     num_workers = parse_workers(workers)
     options = ExportOptions(dtype=parse_dtype(dtype), max_shard_bytes=parse_shard_size(max_shard_size))
-    checkpoint = open_torch_dist(origin, wanted=is_model_state)
-    job = prepare_export(checkpoint, None if hf is None else Path(hf), target, options)
+    checked = _prepare(origin, target, None if hf is None else Path(hf), options, exists, num_workers, progress)
+    job, checkpoint = checked.job, checked.checkpoint
     plan = job.plan
-    check_apart(checkpoint.root, target)
-    reuse = _check_destination(target, checkpoint.root, plan, exists, num_workers, progress)
+    reuse, resumed = checked.reusable, 0
     if not reuse:
-        preflight(plan, target, job.companions)
-        meter = Meter("copy", plan.num_bytes, progress)
-        with Staging(target, sync=fsync) as staging:
-            execute(plan, staging, job.companions, num_workers, meter.advance, job.digests)
-            if verify:
-                check_readable(plan, staging.path)
-                compare_plan(plan, staging.path, num_workers, progress, job.digests)
-            staging.publish()
+        running = _Running(exists=exists, num_workers=num_workers, fsync=fsync, verify=verify, progress=progress)
+        reuse, resumed = _convert(checked, target, running)
     return ConversionReport(
         source=str(source),
         destination=str(destination),
@@ -113,9 +117,137 @@ def export_hf(
         num_files=len(plan.targets),
         seconds=time.perf_counter() - began,
         reused=reuse,
+        resumed=resumed,
         verified=verify and not reuse,
         notes=plan.notes,
     )
+
+
+class _Running(NamedTuple):
+    """How an export goes about it."""
+
+    exists: IfExists
+    num_workers: int
+    fsync: bool
+    verify: bool
+    progress: Callable[[Progress], None] | None
+
+
+class _Checked(NamedTuple):
+    """An export that is ready to be executed, its destination looked at.
+
+    Attributes:
+        job: What to do.
+        checkpoint: The source.
+        key: What tells it from other exports to the same place.
+        reads: Files that are read, below each of the directories of the source.
+        reusable: Whether the destination is what would be written.
+    """
+
+    job: ExportJob
+    checkpoint: TorchDistCheckpoint
+    key: str
+    reads: tuple[tuple[Snapshot, tuple[str, ...]], ...]
+    reusable: bool
+
+
+def _prepare(
+    origin: Path,
+    target: Path,
+    hf: Path | None,
+    options: ExportOptions,
+    exists: IfExists,
+    num_workers: int,
+    progress: Callable[[Progress], None] | None,
+) -> _Checked:
+    """Plan an export and look at its destination; nothing is written.
+
+    Raises:
+        ShardwayError: Everything that stands in the way on either side, together.
+    """
+    problems = Problems()
+    root = origin
+    planned = None
+    snapshot = Snapshot(origin)
+    try:
+        with contextlib.suppress(OSError):  # opening it will tell
+            root = find_iteration(origin)
+        snapshot = Snapshot(root)
+        with unchanged((snapshot, None)):
+            checkpoint = open_torch_dist(root, wanted=is_model_state)
+            companions = Snapshot(hf or checkpoint.hf_dir or root)
+            planned = checkpoint, companions, prepare_export(checkpoint, hf, target, options)
+    except ShardwayError as error:
+        problems.extend(error.problems)
+    reusable = False
+    reads: tuple[tuple[Snapshot, tuple[str, ...]], ...] = ()
+    key = ""
+    if planned is not None:
+        checkpoint, companions, job = planned
+        files = {chunk.file for tensor in checkpoint.catalog.tensors.values() for chunk in tensor.chunks}
+        config_file = () if hf is None and checkpoint.hf_dir is None else (CONFIG_FILE,)
+        files |= {".metadata", "metadata.json", RECORD_FILE} & checkpoint.files.keys()
+        reads = (
+            (snapshot, tuple(sorted(files))),
+            (companions, (*config_file, *(name for _, name in job.plan.copied_files))),
+        )
+        key = work_key(job.plan, " ".join(found.fingerprint(names) for found, names in reads))
+    try:
+        check_apart(root, target)
+        if root.resolve().is_relative_to(target.resolve()):
+            raise in_the_way(target, "the source lies inside of it", "choose another destination")
+        seen = look(target)
+        if (seen is None or seen.sign.key != key) and _holds_one(target, exists):
+            reusable = planned is not None and _is_reusable(target, job.plan, num_workers, progress)
+        if not reusable:
+            estimate = snapshot.num_bytes(".distcp")
+            check_room(target, estimate if planned is None else bytes_needed(job.plan, job.companions, problems))
+    except ShardwayError as error:
+        problems.extend(error.problems)
+    problems.raise_if_any()
+    if planned is None:
+        raise RuntimeError(f"{origin} can't be planned, and no problem was found")
+    return _Checked(job, checkpoint, key, reads, reusable)
+
+
+def _convert(checked: _Checked, target: Path, running: _Running) -> tuple[bool, int]:
+    """Write and publish, unless another process does the same.
+
+    Returns:
+        Whether that was so, and how many files an earlier run had finished.
+    """
+    plan, job, key = checked.job.plan, checked.job, checked.key
+    exists, num_workers, progress = running.exists, running.num_workers, running.progress
+    old = inode(target)
+    lease = take_turn(
+        target,
+        key=key,
+        doing="export",
+        wait=exists is not IfExists.ERROR,
+        done=lambda: inode(target) not in (None, old) and _why_not_reusable(target, plan, num_workers, None) is None,
+        progress=progress,
+    )
+    if lease is None:
+        return True, 0
+    with lease:
+        if was_published(target, key):
+            return True, 0
+        if _holds_one(target, exists) and _is_reusable(target, plan, num_workers, progress):
+            return True, 0
+        staging = Staging(lease, replace=exists is IfExists.REPLACE, sync=running.fsync)
+        finished, journal = resume(plan, lease, staging, num_workers, progress)
+        with contextlib.closing(journal):
+            meter = Meter("copy", plan.num_bytes, progress)
+            meter.advance(resumed_bytes(plan, finished))
+            with unchanged(*checked.reads):
+                execute(plan, staging, job.companions, num_workers, meter.advance, job.digests, journal, finished)
+                if running.verify:
+                    check_readable(plan, staging.path)
+                    compare_plan(plan, staging.path, num_workers, progress, job.digests)
+            journal.publishing(staging.seal())
+            with staging.published():
+                staging.validate()
+    return False, len(finished.files)
 
 
 class ExportJob(NamedTuple):
@@ -144,17 +276,24 @@ def prepare_export(checkpoint: TorchDistCheckpoint, hf: Path | None, target: Pat
         options: What the user chose.
 
     Raises:
-        ShardwayError: `config-missing`, `record-invalid`, and what `map_model` and `plan_export` raise.
+        ShardwayError: `config-missing`, `record-invalid`, `digest-mismatch` for a small file that is not as it was
+            written, and what `map_model` and `plan_export` raise.
     """
     companions = hf or checkpoint.hf_dir
     restored = None
+    used: Collection[str] = ()
     if companions is None:
         companions, restored = checkpoint.root, restored_config(checkpoint)
         config, copied = restored.config, restored.files
+        used = (RUN_CONFIG, *(name for _, name in copied))
     else:
         config, small_files = read_companions(companions)
         copied = tuple((file.name, file.name) for file in small_files)
+        if hf is None:
+            used = [f"{HF_FOLDER}/{name}" for name, _ in copied]
     record = read_record(checkpoint.root)
+    if record is not None:
+        check_small_files(checkpoint, record, used)
     hf_config = HFConfig(config, str(companions / CONFIG_FILE))
     keys = checkpoint.catalog.tensors
     variants = variants_in(hf_config, mcore=keys, recorded=record.variants if record else None)
@@ -169,22 +308,21 @@ def prepare_export(checkpoint: TorchDistCheckpoint, hf: Path | None, target: Pat
     return ExportJob(plan, mapping, companions, record.digests if record else {})
 
 
-def _check_destination(
-    target: Path,
-    source: Path,
-    plan: Plan,
-    exists: IfExists,
-    num_workers: int,
-    progress: Callable[[Progress], None] | None,
-) -> bool:
-    """Refuse a destination that holds something else; True when what it holds can be reused."""
-    if source.resolve().is_relative_to(target.resolve()):
-        raise in_the_way(target, "the source lies inside of it", "choose another destination")
-    if not target.exists():
-        return False
-    if not target.is_dir():
-        raise in_the_way(target, "it is not a directory", "choose another destination")
-    present = sorted(path.name for path in target.iterdir())
+def _holds_one(target: Path, exists: IfExists) -> bool:
+    """Refuse a destination that holds something else, or a checkpoint where that was not allowed for.
+
+    Returns:
+        Whether it holds a checkpoint that is to be reused if it can be.
+
+    Raises:
+        ShardwayError: `destination-exists`.
+    """
+    with failing("look at what is there", target):
+        if not target.exists():
+            return False
+        if not target.is_dir():
+            raise in_the_way(target, "it is not a directory", "choose another destination")
+        present = sorted(path.name for path in target.iterdir())
     if not present:
         return False
     if CONFIG_FILE not in present and not any(name.endswith(".safetensors") for name in present):
@@ -193,9 +331,16 @@ def _check_destination(
             target, f"it is not empty and no Hugging Face checkpoint: {listed}", "choose another destination"
         )
     if exists is IfExists.ERROR:
-        raise in_the_way(target, "it holds a checkpoint", "choose another destination, or --if-exists reuse or replace")
-    if exists is IfExists.REPLACE:
-        return False
+        raise holds_one(target)
+    return exists is IfExists.REUSE
+
+
+def _is_reusable(target: Path, plan: Plan, num_workers: int, progress: Callable[[Progress], None] | None) -> bool:
+    """True when a checkpoint is what would be written.
+
+    Raises:
+        ShardwayError: `destination-exists`, with the reason, when it is not.
+    """
     why = _why_not_reusable(target, plan, num_workers, progress)
     if why:
         raise in_the_way(target, f"it can't be reused: {why}", "choose --if-exists replace to replace it")

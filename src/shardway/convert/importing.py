@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from shardway import __version__
+from shardway.convert.existing import Awaited, Settled, Wanted, holds_one
 from shardway.convert.options import (
     For,
     IfExists,
@@ -17,23 +19,27 @@ from shardway.convert.options import (
     parse_size,
 )
 from shardway.convert.report import ConversionReport
-from shardway.core.errors import Code, Problem, ShardwayError
+from shardway.convert.turns import inode, resume, resumed_bytes, take_turn, work_key
+from shardway.core.errors import Code, Problems, ShardwayError
 from shardway.families.bridge import BridgeVersion
 from shardway.families.config import HFConfig
 from shardway.families.layout import Layout
 from shardway.families.mapping import map_model, variants_in
-from shardway.formats.huggingface import CONFIG_FILE, open_huggingface
+from shardway.formats.huggingface import CONFIG_FILE, survey_huggingface
 from shardway.formats.iterations import TRAIN_STATE
-from shardway.formats.record import RECORD_FILE, Record, read_record
-from shardway.formats.torch_dist import TRACKER, iteration_folder, open_torch_dist, tracker_text
+from shardway.formats.record import RECORD_FILE, Record
+from shardway.formats.torch_dist import iteration_folder
 from shardway.plans.imports import ImportOptions, plan_import, widened
-from shardway.run.destination import Tracker, holds_checkpoint, in_the_way, refuse_older
+from shardway.run.destination import Tracker, holds_checkpoint, in_the_way, publish_tracker
 from shardway.run.engine import parse_workers
-from shardway.run.execute import check_apart, execute, preflight
+from shardway.run.execute import execute
 from shardway.run.losses import Losses, rounding_notes
+from shardway.run.preflight import bytes_needed, check_apart, check_room
 from shardway.run.progress import Meter
 from shardway.run.publish import Staging
+from shardway.run.source import Snapshot, unchanged
 from shardway.verification.compare import check_copies, check_readable, compare_plan
+from shardway.verification.recording import digest_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -101,7 +107,7 @@ def import_hf(
     num_workers = parse_workers(workers)
     if not 0 <= iteration < 10**7:
         raise invalid_option("iteration", iteration, "a number from 0 to 9999999")
-    wanted = None if layout == "auto" else choice("layout", layout, Layout)
+    chosen = None if layout == "auto" else choice("layout", layout, Layout)
     names = choice("spec", spec, Spec)
     taker = choice("target", target, For)
     version = choice("bridge_version", bridge_version, BridgeVersion)
@@ -112,17 +118,11 @@ def import_hf(
         iteration=None if release else iteration,
         max_file_bytes=parse_size("max_file_size", max_file_size),
     )
-    checkpoint = open_huggingface(origin)
-    config = HFConfig(checkpoint.config, str(origin / CONFIG_FILE))
-    variants = variants_in(config, hf=checkpoint.catalog.tensors) | {"te": names is Spec.TE}
-    mapping = map_model(config, wanted, variants=variants)
-    folder = root / iteration_folder(options.iteration)
-    plan = plan_import(checkpoint, mapping, folder, options)
-    record = _record(checkpoint, mapping, plan, options)
-    check_apart(origin, root)
-    reuse = _check_destination(root, folder, origin, options, record, exists)
+    snapshot = Snapshot(origin)
+    job = _prepare(origin, root, options, _Names(chosen, names), exists, snapshot)
+    checkpoint, mapping, plan, wanted = job.checkpoint, job.mapping, job.plan, job.wanted
 
-    def report(*, reused: bool, notes: tuple[str, ...] = ()) -> ConversionReport:
+    def report(*, reused: bool, resumed: int = 0, notes: tuple[str, ...] = ()) -> ConversionReport:
         dtypes: dict[str, int] = {}
         for name in mapping.hf:
             kind = checkpoint.catalog.tensors[name].dtype.name
@@ -133,7 +133,7 @@ def import_hf(
             architecture=mapping.architecture,
             family=mapping.family,
             layout=mapping.layout.value,
-            iteration=folder.name,
+            iteration=wanted.folder.name,
             num_tensors=len(mapping.hf),
             num_parameters=plan.mcore.num_elements,
             num_bytes=plan.mcore.num_bytes,
@@ -141,56 +141,162 @@ def import_hf(
             num_files=len(plan.targets),
             seconds=time.perf_counter() - began,
             reused=reused,
+            resumed=resumed,
             verified=verify and not reused,
             notes=plan.notes + notes,
         )
 
-    if reuse:
+    if job.settled is Settled.WHOLE:
         return report(reused=True)
-    preflight(plan, folder, origin)
-    check_copies(plan, num_workers)
-    meter = Meter("copy", plan.num_bytes, progress)
-    with Staging(folder, sync=fsync) as staging:
-        losses = Losses()
-        digests = execute(plan, staging, origin, num_workers, meter.advance, {}, losses)
-        staging.write(RECORD_FILE, record.with_digests(digests).to_json())
-        if verify:
-            check_readable(plan, staging.path)
-            compare_plan(plan, staging.path, num_workers, progress, digests)
-        _check_unchanged(checkpoint, record.source)
-        with Tracker(root, options.iteration, plan.small_files[TRAIN_STATE], sync=fsync) as tracker:
-            staging.publish()
-            notes = (*rounding_notes(losses), *tracker.publish())
-    return report(reused=False, notes=notes)
+    lease = take_turn(
+        wanted.folder,
+        key=wanted.key,
+        doing="import",
+        wait=exists is not IfExists.ERROR,
+        done=Awaited(wanted, inode(wanted.folder) if exists is IfExists.REPLACE else None),
+        progress=progress,
+    )
+    if lease is None:
+        return report(reused=True)
+    with lease:
+        settled = wanted.settled()
+        if settled is Settled.WHOLE:
+            return report(reused=True)
+        if settled is Settled.UNNAMED:
+            return report(reused=True, notes=publish_tracker(root, wanted.folder, options.iteration, sync=fsync))
+        check_copies(plan, num_workers)
+        staging = Staging(lease, replace=exists is IfExists.REPLACE, sync=fsync)
+        finished, journal = resume(plan, lease, staging, num_workers, progress)
+        with contextlib.closing(journal):
+            meter = Meter("copy", plan.num_bytes, progress)
+            meter.advance(resumed_bytes(plan, finished))
+            with unchanged((snapshot, job.reads)):
+                losses = Losses()
+                digests = execute(plan, staging, origin, num_workers, meter.advance, {}, journal, finished, losses)
+                files = digest_files(plan, staging.path)
+                staging.write(RECORD_FILE, wanted.record.with_digests(digests, files).to_json())
+                if verify:
+                    check_readable(plan, staging.path)
+                    compare_plan(plan, staging.path, num_workers, progress, digests)
+            train_state = plan.small_files[TRAIN_STATE]
+            with Tracker(root, options.iteration, train_state, sync=fsync, staged_in=lease.directory) as tracker:
+                journal.publishing(staging.seal())
+                with staging.published():
+                    notes = (*rounding_notes(losses), *tracker.publish())
+                    staging.validate()
+    if finished.files and plan.shifts:
+        notes = (*notes, "values that were rounded in files of the earlier run are not counted here")
+    return report(reused=False, resumed=len(finished.files), notes=notes)
 
 
-def fingerprint(checkpoint: HuggingFaceCheckpoint) -> str:
-    """What tells one source from another: names, sizes and times of change of its files, as an xxh3-128.
+class _Names(NamedTuple):
+    """Under which names tensors are stored, as far as the user has a say in it."""
+
+    layout: Layout | None
+    spec: Spec
+
+
+class _Job(NamedTuple):
+    """An import that is ready to be executed.
+
+    Attributes:
+        checkpoint: The source.
+        mapping: The model's mapping.
+        plan: What will be read and written.
+        reads: The files of the source that are read.
+        wanted: What is to be made.
+        settled: What is in place already.
+    """
+
+    checkpoint: HuggingFaceCheckpoint
+    mapping: ModelMapping
+    plan: Plan
+    reads: tuple[str, ...]
+    wanted: Wanted
+    settled: Settled
+
+
+def _prepare(
+    origin: Path, root: Path, options: ImportOptions, names: _Names, exists: IfExists, snapshot: Snapshot
+) -> _Job:
+    """Plan an import and look at its destination; nothing is written.
 
     Raises:
-        ShardwayError: `source-changed` when a file is no longer there.
+        ShardwayError: Everything that stands in the way on either side, together.
     """
-    import xxhash
+    problems = Problems()
+    folder = root / iteration_folder(options.iteration)
+    with unchanged((snapshot, None)):
+        prepared = _plan(origin, folder, options, names, problems)
+    reads: tuple[str, ...] = ()
+    wanted = None
+    if prepared is not None:
+        checkpoint, mapping, plan = prepared
+        reads = (*checkpoint.files, *(file.name for file in checkpoint.small_files))
+        record = _record(snapshot.fingerprint(reads), checkpoint, mapping, plan, options)
+        wanted = Wanted(
+            root=root,
+            folder=folder,
+            iteration=options.iteration,
+            record=record,
+            key=work_key(plan, record.source),
+            exists=exists,
+        )
+    settled = Settled.NOTHING
+    try:
+        check_apart(origin, root)
+        if origin.resolve().is_relative_to(folder.resolve()):
+            raise in_the_way(folder, "the source lies inside of it", "choose another destination")
+        if wanted is not None:
+            settled = wanted.settled_before()
+        elif holds_checkpoint(root, folder) and exists is IfExists.ERROR:
+            raise holds_one(folder)
+        if settled is Settled.NOTHING:
+            estimate = snapshot.num_bytes(".safetensors")
+            check_room(folder, bytes_needed(plan, origin, problems) if wanted is not None else estimate)
+    except ShardwayError as error:
+        problems.extend(error.problems)
+    problems.raise_if_any()
+    if prepared is None or wanted is None:
+        raise RuntimeError(f"{origin} can't be planned, and no problem was found")
+    return _Job(checkpoint, mapping, plan, reads, wanted, settled)
 
-    root = checkpoint.catalog.root
-    hasher = xxhash.xxh3_128()
-    for name in sorted({*checkpoint.files, *(file.name for file in checkpoint.small_files)}):
-        try:
-            status = (root / name).stat()
-        except OSError as error:
-            raise ShardwayError(
-                Problem(code=Code.SOURCE_CHANGED, what=f"{name} is no longer readable: {error}", file=root / name)
-            ) from error
-        hasher.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-    return str(hasher.hexdigest())
+
+def _plan(
+    origin: Path, folder: Path, options: ImportOptions, names: _Names, problems: Problems
+) -> tuple[HuggingFaceCheckpoint, ModelMapping, Plan] | None:
+    """Open and plan; None with problems where that can't be done."""
+    checkpoint = None
+    try:
+        checkpoint = survey_huggingface(origin, problems)
+        if not checkpoint.config:
+            return None
+        config = HFConfig(checkpoint.config, str(origin / CONFIG_FILE))
+        variants = variants_in(config, hf=checkpoint.catalog.tensors) | {"te": names.spec is Spec.TE}
+        mapping = map_model(config, names.layout, variants=variants)
+        return checkpoint, mapping, plan_import(checkpoint, mapping, folder, options)
+    except ShardwayError as error:
+        if not problems or checkpoint is None:
+            problems.extend(error.problems)
+            return None
+        # A tensor of a file that can't be read is not missing, as far as anyone knows.
+        known = checkpoint.index
+        problems.extend(
+            problem
+            for problem in error.problems
+            if problem.code is not Code.TENSOR_MISSING or (known is not None and problem.tensor not in known)
+        )
+        return None
 
 
-def _record(checkpoint: HuggingFaceCheckpoint, mapping: ModelMapping, plan: Plan, options: ImportOptions) -> Record:
+def _record(
+    source: str, checkpoint: HuggingFaceCheckpoint, mapping: ModelMapping, plan: Plan, options: ImportOptions
+) -> Record:
     return Record(
         written_by=f"shardway {__version__}",
         family=mapping.family,
         architecture=mapping.architecture,
-        source=fingerprint(checkpoint),
+        source=source,
         options={
             "layout": mapping.layout.value,
             "dtype": options.dtype.name if options.dtype else "auto",
@@ -202,52 +308,3 @@ def _record(checkpoint: HuggingFaceCheckpoint, mapping: ModelMapping, plan: Plan
         dtypes=widened(checkpoint, mapping),
         megatron_config=mapping.megatron_config,
     )
-
-
-def _check_unchanged(checkpoint: HuggingFaceCheckpoint, before: str) -> None:
-    if fingerprint(checkpoint) != before:
-        raise ShardwayError(
-            Problem(
-                code=Code.SOURCE_CHANGED,
-                what="the source's files changed while they were being read",
-                file=checkpoint.catalog.root,
-                cure="wait until nothing writes to them, and run the command again",
-            )
-        )
-
-
-def _check_destination(
-    root: Path, folder: Path, source: Path, options: ImportOptions, record: Record, exists: IfExists
-) -> bool:
-    """Refuse a destination that holds something else; True when what it holds can be reused."""
-    if source.resolve().is_relative_to(folder.resolve()):
-        raise in_the_way(folder, "the source lies inside of it", "choose another destination")
-    if not holds_checkpoint(root, folder):
-        refuse_older(root, folder, options.iteration)
-        return False
-    if exists is IfExists.ERROR:
-        raise in_the_way(folder, "it holds a checkpoint", "choose another destination, or --if-exists reuse or replace")
-    if exists is IfExists.REPLACE:
-        return False
-    why = _why_not_reusable(root, folder, options, record)
-    if why:
-        raise in_the_way(folder, f"it can't be reused: {why}", "choose --if-exists replace to replace it")
-    return True
-
-
-def _why_not_reusable(root: Path, folder: Path, options: ImportOptions, record: Record) -> str | None:
-    try:
-        found = read_record(folder)
-        if found is None:
-            return "it was not written by shardway, so its source is unknown"
-        if found.source != record.source:
-            return "it was made from other files, or they have changed since"
-        if dict(found.options) != dict(record.options):
-            return f"it was made with other options: {dict(found.options)}"
-        open_torch_dist(folder)
-        tracker = (root / TRACKER).read_bytes().strip()
-    except (ShardwayError, OSError) as error:
-        return f"it is not complete: {error}"
-    if tracker != tracker_text(options.iteration).strip():
-        return f"the tracker names {tracker.decode(errors='replace')!r}, not this iteration"
-    return None

@@ -23,7 +23,8 @@ class ConversionReport:
         dtypes: Hugging Face tensors by dtype.
         num_files: Large files that were written.
         seconds: Wall-clock time from the call to its return.
-        reused: Whether the destination was found complete and nothing was done.
+        reused: Whether the destination was found complete, or another process made it, and nothing was done.
+        resumed: Large files that an earlier run, which was killed, had finished, and that were found whole.
         verified: Whether the result was read back and compared with the source.
         notes: What a user should know about the result, one sentence each.
     """
@@ -41,6 +42,7 @@ class ConversionReport:
     num_files: int
     seconds: float
     reused: bool
+    resumed: int
     verified: bool
     notes: tuple[str, ...]
 

@@ -25,8 +25,22 @@ class Box(NamedTuple):
         return math.prod(self.size)
 
 
+UNPROVEN = -2
+# Looks at boxes that the proof of an irregular cover may take: in all, and for each box. Boxes that lie side by side on
+# every axis, as all kinds of parallelism cut them, take none; those made to be entangled, their number to the power of
+# the rank.
+_MOST_LOOKS = 100_000
+_MOST_LOOKS_PER_BOX = 32
+
+
 class CoverFault(NamedTuple):
-    """Where a set of boxes fails to cover a shape exactly once: a box covered `times` times (0 is a hole)."""
+    """Where a set of boxes fails to cover a shape exactly once.
+
+    Attributes:
+        box: A part of the shape.
+        times: How many boxes cover it; 0 is a hole, -1 a box that lies outside the shape, `UNPROVEN` a set of boxes
+            cut so irregularly that a proof would take too long.
+    """
 
     box: Box
     times: int
@@ -61,7 +75,7 @@ def hull(boxes: Sequence[Box]) -> Box:
 
 
 def exact_cover(shape: Shape, boxes: Sequence[Box]) -> CoverFault | None:
-    """Prove that every index of `shape` lies in exactly one of `boxes`.
+    """Prove that every index of `shape` lies in exactly one of `boxes`, in time that is bounded whatever they are.
 
     Args:
         shape: Extents of the space, in elements.
@@ -69,7 +83,7 @@ def exact_cover(shape: Shape, boxes: Sequence[Box]) -> CoverFault | None:
 
     Returns:
         None when the cover is exact, else one box that is covered never, or more than once, or that lies
-        outside the shape (then `times` is -1).
+        outside the shape (then `times` is -1); the whole shape as `UNPROVEN` when the proof was given up.
     """
     for box in boxes:
         for start, size, extent in zip(box.start, box.size, shape, strict=True):
@@ -78,10 +92,19 @@ def exact_cover(shape: Shape, boxes: Sequence[Box]) -> CoverFault | None:
     filled = [box for box in boxes if box.num_elements]
     if not math.prod(shape):
         return None
-    return _fault(filled, 0, shape, ())
+    try:
+        return _fault(filled, 0, shape, (), [_MOST_LOOKS + _MOST_LOOKS_PER_BOX * len(filled)])
+    except _GivenUpError:
+        return CoverFault(whole(shape), UNPROVEN)
 
 
-def _fault(boxes: list[Box], axis: int, shape: Shape, prefix: tuple[tuple[int, int], ...]) -> CoverFault | None:
+class _GivenUpError(Exception):
+    """The looks are used up."""
+
+
+def _fault(
+    boxes: list[Box], axis: int, shape: Shape, prefix: tuple[tuple[int, int], ...], looks: list[int]
+) -> CoverFault | None:
     """The first fault among `boxes`, all of which span the intervals `prefix` on the axes before `axis`."""
     if len(boxes) == 1 and not any(boxes[0].start[axis:]) and boxes[0].size[axis:] == shape[axis:]:
         return None
@@ -95,18 +118,20 @@ def _fault(boxes: list[Box], axis: int, shape: Shape, prefix: tuple[tuple[int, i
     ends = [start + size for start, size in intervals]
     if [start for start, _ in intervals] == [0, *ends[:-1]] and ends[-1] == shape[axis]:
         for interval in intervals:  # the usual case: the intervals lie side by side
-            fault = _fault(by_interval[interval], axis + 1, shape, (*prefix, interval))
+            fault = _fault(by_interval[interval], axis + 1, shape, (*prefix, interval), looks)
             if fault:
                 return fault
         return None
-    for interval, members in _cut(by_interval, shape[axis]):
-        fault = _fault(members, axis + 1, shape, (*prefix, interval))
+    for interval, members in _cut(by_interval, shape[axis], looks):
+        fault = _fault(members, axis + 1, shape, (*prefix, interval), looks)
         if fault:
             return fault
     return None
 
 
-def _cut(by_interval: dict[tuple[int, int], list[Box]], extent: int) -> Iterator[tuple[tuple[int, int], list[Box]]]:
+def _cut(
+    by_interval: dict[tuple[int, int], list[Box]], extent: int, looks: list[int]
+) -> Iterator[tuple[tuple[int, int], list[Box]]]:
     """Cut an axis at every edge of an interval; yield each piece with the boxes that span it."""
     edges = {0, extent}
     opening: dict[int, list[tuple[int, int]]] = {}
@@ -117,7 +142,11 @@ def _cut(by_interval: dict[tuple[int, int], list[Box]], extent: int) -> Iterator
     live: list[tuple[int, int]] = []
     for low, high in itertools.pairwise(ordered):
         live = [interval for interval in live if interval[0] + interval[1] > low] + opening.get(low, [])
-        yield (low, high - low), [box for interval in live for box in by_interval[interval]]
+        members = [box for interval in live for box in by_interval[interval]]
+        looks[0] -= len(live) + len(members)
+        if looks[0] < 0:
+            raise _GivenUpError
+        yield (low, high - low), members
 
 
 def _box_of(intervals: Sequence[tuple[int, int]]) -> Box:

@@ -53,10 +53,13 @@ class Code(enum.StrEnum):
     PATH_ESCAPES = "path-escapes"
     DIGEST_MISMATCH = "digest-mismatch"
     RECORD_INVALID = "record-invalid"
+    RECORD_MISSING = "record-missing"
     # The destination
     DESTINATION_EXISTS = "destination-exists"
     DESTINATION_UNWRITABLE = "destination-unwritable"
     DESTINATION_INSIDE_SOURCE = "destination-inside-source"
+    DESTINATION_BUSY = "destination-busy"
+    LEASE_LOST = "lease-lost"
     NO_SPACE = "no-space"
     # Live saves
     SAVE_DISAGREES = "save-disagrees"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,9 @@ from shardway.core.errors import Code, Problem, ShardwayError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+
+_CLASS = re.compile(r"\w{1,200}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +35,7 @@ class HFConfig:
             ShardwayError: `config-invalid` when there is none.
         """
         listed = self.values.get("architectures")
-        if isinstance(listed, list) and listed and isinstance(listed[0], str):
+        if isinstance(listed, list) and listed and isinstance(listed[0], str) and _CLASS.fullmatch(listed[0]):
             return listed[0]
         raise self.invalid("architectures", listed, "a list with the name of a model class, such as LlamaForCausalLM")
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.families.family import Alias, Field
-from shardway.families.rules import Rule, qkv, rows, same
+from shardway.families.rules import Rule, only_when, qkv, rows, same
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -64,6 +63,23 @@ ATTENTION = (
     ),
 )
 
+# Norms that span all query or key heads, in place of those of `qk_norm`.
+WIDE_NORMS = (
+    Rule(
+        "decoder.layers.{i}.self_attention.q_layernorm.weight",
+        same("model.layers.{i}.self_attn.q_norm.weight", "nq*d"),
+    ),
+    Rule(
+        "decoder.layers.{i}.self_attention.k_layernorm.weight",
+        same("model.layers.{i}.self_attn.k_norm.weight", "G*d"),
+    ),
+)
+
+NO_WIDE_NORMS = (
+    "megatron-core's own query and key norms are of one head each; a model there needs a layer whose norms span all "
+    "heads, as Megatron Bridge has for this family"
+)
+
 GATED_MLP = (
     Rule(
         "decoder.layers.{i}.mlp.linear_fc1.layer_norm_weight",
@@ -89,7 +105,7 @@ GATED_MLP = (
 
 def dense(rules: Iterable[Rule]) -> tuple[Rule, ...]:
     """The rules for the dense layers of a model that has others too."""
-    return tuple(replace(rule, when=f"dense {rule.when}".strip()) for rule in rules)
+    return only_when(rules, "dense")
 
 
 TIED_HEAD = Alias(hf="lm_head.weight", of="model.embed_tokens.weight", when="tied")
@@ -178,15 +194,19 @@ def derived(config: HFConfig) -> dict[str, object]:
     return rope(config) | window(config)
 
 
-def rope(config: HFConfig) -> dict[str, object]:
+def rope(config: HFConfig, *, partial: float = 1.0) -> dict[str, object]:
     """Rotary position fields of Megatron's config.
+
+    Args:
+        config: The model's config.json.
+        partial: What an absent ``partial_rotary_factor`` means.
 
     Source: Megatron Bridge `model_bridge.py` (0.7.0); megatron/core/models/gpt/gpt_model.py (0.16.1).
     """
     parameters = config.rope
     fields: dict[str, object] = {
         "rotary_base": parameters.get("rope_theta", 10000.0),
-        "rotary_percent": parameters.get("partial_rotary_factor", config.number("partial_rotary_factor", 1.0)),
+        "rotary_percent": parameters.get("partial_rotary_factor", config.number("partial_rotary_factor", partial)),
     }
     match parameters["rope_type"]:
         case "llama3":

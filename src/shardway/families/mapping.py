@@ -94,7 +94,9 @@ def variants_in(
     Raises:
         ShardwayError: `architecture-unsupported`, `config-invalid`.
     """
-    return family_of(config).variants_in(hf, mcore, recorded)
+    family = family_of(config)
+    passing = {variant.flag for variant in family.variants if not variant.restored}
+    return family.variants_in(hf, mcore, {flag: on for flag, on in (recorded or {}).items() if flag not in passing})
 
 
 @collector_paused()
@@ -160,8 +162,9 @@ def map_model(
     fields = family.megatron_config(config, flags)
     caveats = list(family.caveats(config))
     promised = len(stacks.get("k", ()))
-    if promised and "mtp" not in flags:
+    if not promised or "mtp" not in flags:
         fields.pop("mtp_num_layers", None)
+    if promised and "mtp" not in flags:
         caveats.append(f"config.json promises {promised} layers of multi-token prediction, which the weights lack")
     ignored = "|".join(re.escape(template).replace(r"\{i\}", r"\d+") for template in family.ignored)
     return ModelMapping(

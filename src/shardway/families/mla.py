@@ -60,11 +60,12 @@ TE = Variant(flag="te", mcore=r"decoder\..+\.self_attention\.linear_kv_up_proj\.
 MTP = Variant(flag="mtp", hf=r"model\.layers\.\d+\.eh_proj\.weight$", mcore=r"mtp\.layers\.", default=True)
 
 
-def mtp(rules: Iterable[Rule]) -> tuple[Rule, ...]:
+def mtp(rules: Iterable[Rule], *, final_norm: str = "shared_head.norm") -> tuple[Rule, ...]:
     """The layers of multi-token prediction: each is a layer of the decoder and what joins it to the one before.
 
     Args:
         rules: Rules of a decoder layer.
+        final_norm: What the norm after such a layer is called.
 
     Hugging Face numbers them on from the decoder's.
 
@@ -81,7 +82,7 @@ def mtp(rules: Iterable[Rule]) -> tuple[Rule, ...]:
             hf=("model.layers.{i}", hf),
             when="mtp",
         ),
-        Rule(f"{at}.final_layernorm.weight", same(f"{hf}.shared_head.norm.weight", "H"), when="mtp"),
+        Rule(f"{at}.final_layernorm.weight", same(f"{hf}.{final_norm}.weight", "H"), when="mtp"),
     )
 
 

@@ -26,10 +26,6 @@ _POST_NORMS = (
     ),
 )
 _LAYER = tuple(rule for rule in (*gqa.ATTENTION, *gqa.GATED_MLP) if not rule.mcore.endswith(".layer_norm_weight"))
-_WIDE_NORMS = (
-    Rule(f"{_AT}.self_attention.q_layernorm.weight", same("model.layers.{i}.self_attn.q_norm.weight", "nq*d")),
-    Rule(f"{_AT}.self_attention.k_layernorm.weight", same("model.layers.{i}.self_attn.k_norm.weight", "G*d")),
-)
 
 
 def _olmo2_caveats(config: HFConfig) -> list[str]:
@@ -58,7 +54,7 @@ def _exaone4_caveats(config: HFConfig) -> list[str]:
 OLMO2 = Family(
     name="olmo2",
     architectures=("Olmo2ForCausalLM",),
-    rules=(gqa.EMBEDDINGS[0], *_LAYER, *_WIDE_NORMS, *_POST_NORMS, *gqa.EMBEDDINGS[1:]),
+    rules=(gqa.EMBEDDINGS[0], *_LAYER, *gqa.WIDE_NORMS, *_POST_NORMS, *gqa.EMBEDDINGS[1:]),
     dims=gqa.dims,
     flags={"qkv_bias": "attention_bias", "proj_bias": "attention_bias", "mlp_bias": False, "qk_norm": False},
     aliases=(gqa.TIED_HEAD,),

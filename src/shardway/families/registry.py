@@ -5,14 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from shardway.core.errors import Code, Problem, ShardwayError
+from shardway.families.bailing import BAILING_MOE_V2
 from shardway.families.decilm import DECILM
 from shardway.families.deepseek import DEEPSEEK_V3
+from shardway.families.ernie import ERNIE4_5_MOE
 from shardway.families.gemma import GEMMA, GEMMA2, GEMMA3
+from shardway.families.glm import GLM4_MOE
+from shardway.families.gpt_oss import GPT_OSS
 from shardway.families.llama import LLAMA
 from shardway.families.mimo import MIMO
+from shardway.families.minimax import MINIMAX_M2
 from shardway.families.mistral import MISTRAL
+from shardway.families.mixtral import MIXTRAL
 from shardway.families.nemotron import NEMOTRON
 from shardway.families.olmo import EXAONE4, OLMO2
+from shardway.families.olmoe import OLMOE
 from shardway.families.phi import PHI3
 from shardway.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 
@@ -27,6 +34,13 @@ FAMILIES: tuple[Family, ...] = (
     QWEN3,
     QWEN3_MOE,
     DEEPSEEK_V3,
+    MIXTRAL,
+    OLMOE,
+    MINIMAX_M2,
+    GLM4_MOE,
+    GPT_OSS,
+    BAILING_MOE_V2,
+    ERNIE4_5_MOE,
     GEMMA,
     GEMMA2,
     GEMMA3,

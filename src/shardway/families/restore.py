@@ -36,7 +36,24 @@ DIMENSIONS = {
     "moe_ffn_hidden_size": "moe_intermediate_size",
 }
 # What Megatron configs say that no config.json decides, or that a padded vocabulary changes.
-_NOT_COMPARED = frozenset({"vocab_size", "init_method_std", "seq_length", "attention_dropout", "hidden_dropout"})
+_NOT_COMPARED = frozenset(
+    {
+        "vocab_size",
+        "init_method_std",
+        "seq_length",
+        "attention_dropout",
+        "hidden_dropout",
+        "moe_aux_loss_coeff",
+        "moe_grouped_gemm",
+        "moe_permute_fusion",
+        "moe_router_bias_update_rate",
+        "moe_router_dtype",
+        "moe_router_load_balancing_type",
+        "moe_shared_expert_overlap",
+        "moe_token_dispatcher_type",
+        "mtp_loss_scaling_factor",
+    }
+)
 
 
 class Restored:

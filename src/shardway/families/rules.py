@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.core.tiles import Side, Tile
@@ -137,8 +137,15 @@ def fused_qkv(hf: str, *, trailing: tuple[str, ...] = ()) -> tuple[Part, ...]:
     )
 
 
-def renamed(rules: Iterable[Rule], *, mcore: tuple[str, str], hf: tuple[str, str], when: str = "") -> tuple[Rule, ...]:
-    """The same rules for other layers: in each name the first text of a pair is replaced by the second.
+def only_when(rules: Iterable[Rule], when: str) -> tuple[Rule, ...]:
+    """The same rules where `when` has to hold besides."""
+    return tuple(replace(rule, when=f"{when} {rule.when}".strip()) for rule in rules)
+
+
+def renamed(
+    rules: Iterable[Rule], *, mcore: tuple[str, str] = ("", ""), hf: tuple[str, str], when: str = ""
+) -> tuple[Rule, ...]:
+    """The same rules under other names: in each name the first text of a pair is replaced by the second.
 
     Args:
         rules: Rules of a block.

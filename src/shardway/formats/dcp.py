@@ -11,7 +11,7 @@ from shardway.core.dtypes import DType
 from shardway.core.errors import Code, Problem, Problems, ShardwayError
 from shardway.formats import tensor_pickles
 from shardway.formats.dcp_writer import FILESYSTEM, METADATA, MetadataEmitter
-from shardway.formats.pickles import Reference, SavedObject, load_pickle
+from shardway.formats.pickles import Reference, SavedObject, enum_lookup, load_pickle
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -333,7 +333,9 @@ _INERT = {
     "pathlib": "Path PosixPath PurePosixPath",
     "pathlib._local": "Path PosixPath PurePosixPath",
 }
+_ENUMS = {f"{METADATA}._MEM_FORMAT_ENCODING", f"{_OLD_SHARDS}.MEM_FORMAT_ENCODING", f"{_PLANNER}.WriteItemType"}
 _NAMES: dict[tuple[str, str], object] = {
+    **dict.fromkeys((("builtins", "getattr"), ("__builtin__", "getattr")), enum_lookup(_ENUMS.__contains__)),
     **tensor_pickles.DTYPE_NAMES,
     **{(module, name): Reference(f"{module}.{name}") for module, names in _INERT.items() for name in names.split()},
     ("torch", "Size"): Reference("torch.Size", tensor_pickles.size_of),

@@ -6,7 +6,6 @@ Source: transformers 5.12 (`_get_resolved_checkpoint_files` in modeling_utils.py
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import stat
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from shardway.core.errors import Code, Problem, Problems, ShardwayError
 from shardway.core.tensors import Catalog, StoredTensor
+from shardway.formats.json_text import JsonInvalidError, parse_json
 from shardway.formats.safetensors import (
     SafetensorsFile,
     missing_file,
@@ -23,6 +23,7 @@ from shardway.formats.safetensors import (
     unreadable_file,
 )
 from shardway.formats.sharding import INDEX_FILE, SINGLE_FILE
+from shardway.formats.small_files import links_out
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -31,9 +32,10 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 
 _MAX_CONFIG_BYTES = 16 * 2**20  # the largest on the Hub have some hundred kB
-_MAX_INDEX_BYTES = 200 * 10**6  # 91,000 tensors take 9 MB
+_MAX_INDEX_BYTES = 64 * 2**20  # 91,000 tensors take 9 MB
 _MAX_SMALL_FILE_BYTES = 64 * 2**20  # the largest tokenizers have 35 MB
 _MAX_DEPTH = 3
+_MAX_FILES = 100_000
 _MAX_LISTED = 8  # names in one message
 _INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".distcp", ".npz", ".npy")
@@ -104,10 +106,6 @@ class _Tree:
         return sorted(name for name in self.names if "/" not in name and name.lower().endswith(suffixes))
 
 
-class _DuplicateKeyError(ValueError):
-    """A key that JSON text gives twice in one object."""
-
-
 def open_huggingface(root: Path) -> HuggingFaceCheckpoint:
     """Read what a Hugging Face checkpoint directory holds, and vouch that its weights are all there.
 
@@ -128,6 +126,21 @@ def open_huggingface(root: Path) -> HuggingFaceCheckpoint:
             and whatever `read_safetensors` finds; the problems of all files at once.
     """
     problems = Problems()
+    found = survey_huggingface(root, problems)
+    problems.raise_if_any()
+    return found
+
+
+def survey_huggingface(root: Path, problems: Problems) -> HuggingFaceCheckpoint:
+    """What `open_huggingface` finds where it would raise: all that can be read, and every problem of the rest.
+
+    Args:
+        root: The directory.
+        problems: Gets what is wrong with it; nothing that is returned can be relied on when it gets anything.
+
+    Raises:
+        ShardwayError: `not-a-checkpoint`.
+    """
     tree = _walk(root, problems)
     if CONFIG_FILE not in tree.names and (_is_megatron(root) or not tree.top_level(*_NOT_CARRIED)):
         raise ShardwayError(_not_a_checkpoint(root, "it has neither config.json nor weights"))
@@ -152,8 +165,8 @@ def open_huggingface(root: Path) -> HuggingFaceCheckpoint:
         elif written_index is not None:
             _check_other_index(root, headers, written_index, problems)
     small_files, left_out = _sort_out(tree, {*headers, *([INDEX_FILE] if index is not None else [])})
+    problems.extend(links_out(root, [file.name for file in small_files]))
     problems.extend(missing_file(root / name) for name in sorted(tree.broken) if _is_carried(name, CONFIG_FILE))
-    problems.raise_if_any()
     tensors: dict[str, StoredTensor] = {}
     for header in headers.values():
         tensors |= header.tensors
@@ -177,24 +190,28 @@ def read_companions(root: Path) -> tuple[dict[str, object], tuple[SmallFile, ...
         The content of ``config.json``, and the files to carry along, ``config.json`` among them.
 
     Raises:
-        ShardwayError: `not-a-checkpoint`, `config-missing`, `config-invalid`, `file-unreadable`.
+        ShardwayError: `not-a-checkpoint`, `config-missing`, `config-invalid`, `file-unreadable`, `path-escapes`.
     """
     problems = Problems()
     tree = _walk(root, problems)
+    small_files = _sort_out(tree, set())[0]
+    problems.extend(links_out(root, [file.name for file in small_files]))
     problems.raise_if_any()
-    return _read_config(root, tree), _sort_out(tree, set())[0]
+    return _read_config(root, tree), small_files
 
 
 def read_small_files(root: Path) -> tuple[SmallFile, ...]:
     """The files of a directory that are no weights, whether or not a model is among them.
 
     Raises:
-        ShardwayError: `not-a-checkpoint` for what is no directory, `file-unreadable`.
+        ShardwayError: `not-a-checkpoint` for what is no directory, `file-unreadable`, `path-escapes`.
     """
     problems = Problems()
     tree = _walk(root, problems)
+    small_files = _sort_out(tree, set())[0]
+    problems.extend(links_out(root, [file.name for file in small_files]))
     problems.raise_if_any()
-    return _sort_out(tree, set())[0]
+    return small_files
 
 
 def _walk(root: Path, problems: Problems) -> _Tree:
@@ -219,6 +236,8 @@ def _walk_into(root: Path, parent: str, depth: int, tree: _Tree, problems: Probl
     except OSError as error:
         problems.extend([unreadable_file(root / parent, error)])
         return
+    if len(tree.files) + len(found) > _MAX_FILES:
+        raise ShardwayError(_not_a_checkpoint(root, f"it holds more than {_MAX_FILES:,} files"))
     for entry in found:
         name = parent + entry.name
         try:
@@ -296,33 +315,16 @@ def _read_json(path: Path, max_bytes: int, code: Code) -> dict[str, object]:
             raise ShardwayError(unreadable_file(path, "it is not a regular file"))
         if status.st_size > max_bytes:
             raise invalid(f"has {status.st_size} bytes; at most {max_bytes} are accepted")
-        value = json.loads(path.read_bytes().decode(), object_pairs_hook=_unique_keys)
+        value = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise ShardwayError(missing_file(path)) from None
     except OSError as error:
         raise ShardwayError(unreadable_file(path, error)) from error
-    except _DuplicateKeyError as error:
-        raise invalid(f"gives the key {printable(str(error))} twice in one object") from None
-    except UnicodeDecodeError as error:
-        raise invalid(f"is not UTF-8 at byte {error.start}: {error.reason}") from None
-    except RecursionError:
-        raise invalid("nests JSON too deeply") from None
-    except ValueError as error:
-        raise invalid(f"is not valid JSON: {error}") from None
+    except JsonInvalidError as error:
+        raise invalid(str(error)) from None
     if not isinstance(value, dict):
         raise invalid(f"holds a JSON {type(value).__name__}, not an object")
     return value
-
-
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise _DuplicateKeyError(key)
-            seen.add(key)
-    return found
 
 
 def _choose_files(root: Path, tree: _Tree, index: Mapping[str, str] | None, problems: Problems) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -14,6 +15,15 @@ if TYPE_CHECKING:
     Allowed = Mapping[tuple[str, str], object]
 
 _MAX_INTEGER_BYTES = 32  # no checkpoint counts past 2**255; longer integers only serve to burn time
+_MAX_NAME_BYTES = 1000
+# Python hashes numbers without a secret, so whoever chooses the keys of a dict can make them all collide; that many
+# take a second or two.
+_MAX_ODD_KEYS = 50_000
+# Bytes of memory, at most, for what some opcodes of one byte make. What torch and Megatron write comes to 5 to 10 bytes
+# for each byte of a pickle.
+_SETS, _SET_BYTES = b"\x8f\x91", 232
+_OTHERS, _OTHER_BYTES = b"}]\x81\x85\x86\x87", 80
+_MOST_DENSE, _FREE_BYTES = 16, 1 << 24
 
 
 class Reference:
@@ -54,6 +64,32 @@ class SavedObject:
         return f"SavedObject({self.type_name!r}, args={self.args!r}, state={self.state!r})"
 
 
+def enum_lookup(is_enum: Callable[[str], bool]) -> Reference:
+    """What stands in for `getattr`, by which Python 3.11.0 to 3.11.3 pickle the members of enums, and for that alone.
+
+    Args:
+        is_enum: Whether a dotted name is an enum's.
+
+    Returns:
+        A function of an enum and the name of a member, which makes a `SavedObject` of the enum with that name.
+    """
+
+    def look_up(*args: object) -> SavedObject:
+        match args:
+            case (Reference(name=enum, make=None), str(member)) if is_enum(enum) and _MEMBER.fullmatch(member):
+                return SavedObject(enum, (member,))
+        raise ShardwayError(
+            Problem(
+                code=Code.PICKLE_FORBIDDEN, what="the pickle calls getattr for something else than an enum's member"
+            )
+        )
+
+    return Reference("builtins.getattr", look_up)
+
+
+_MEMBER = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,99}")
+
+
 def load_pickle(
     data: bytes,
     *,
@@ -65,8 +101,8 @@ def load_pickle(
     """Read the pickle `data` without importing, calling or setting anything that it names.
 
     Opcodes of protocols 2 to 5 build None, bools, integers, floats, strings, bytes, tuples, lists, dicts, sets,
-    constants from `allowed`, results of shardway's own functions in `allowed`, and `SavedObject`. Time and memory are
-    linear in the size of `data`.
+    constants from `allowed`, results of shardway's own functions in `allowed`, and `SavedObject`. Time is linear in the
+    size of `data`, and memory at most some 60 bytes for each of its bytes.
 
     Args:
         data: The whole pickle.
@@ -85,13 +121,26 @@ def load_pickle(
 
     Source: CPython Lib/pickletools.py (opcodes), Lib/pickle.py.
     """
-    return _Machine(data, allowed, file, persistent, inert_packages).run()
+    machine = _Machine(data, allowed, file, persistent, inert_packages)
+    machine.check_density()
+    return machine.run()
 
 
 class _Machine:
     """The machine that a pickle programs: a stack, its marks and a memo."""
 
-    __slots__ = ("allowed", "data", "file", "inert_packages", "marks", "memo", "persistent", "stack")
+    __slots__ = (
+        "allowed",
+        "data",
+        "file",
+        "inert",
+        "inert_packages",
+        "marks",
+        "memo",
+        "num_odd_keys",
+        "persistent",
+        "stack",
+    )
 
     def __init__(
         self,
@@ -109,6 +158,15 @@ class _Machine:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: list[object] = []
+        self.inert: dict[str, Reference] = {}
+        self.num_odd_keys = 0
+
+    def check_density(self) -> None:
+        """Refuse a pickle that would take far more memory than its size: little but empty lists, dicts or sets."""
+        data = self.data
+        sets, others = (len(data) - len(data.translate(None, opcodes)) for opcodes in (_SETS, _OTHERS))
+        if sets * _SET_BYTES + others * _OTHER_BYTES > _MOST_DENSE * len(data) + _FREE_BYTES:
+            self.fail(f"its {len(data):,} bytes make millions of empty lists, dicts or sets")
 
     def run(self) -> object:
         # The opcodes of a .metadata file by falling frequency are decoded in place: a file of 50,000 chunks has six
@@ -182,6 +240,8 @@ class _Machine:
                     i = handler(self, op, i)
         except ShardwayError as error:
             if error.problems[0].file is None:  # from one of our constructors, which do not know the file
+                if error.code is Code.PICKLE_FORBIDDEN:
+                    self.forbid(error.problems[0].what)
                 raise ShardwayError(self._problem(error.code, error.problems[0].what, i)) from None
             raise
         except (IndexError, KeyError, TypeError, ValueError, OverflowError, struct.error) as error:
@@ -217,6 +277,11 @@ class _Machine:
         target.update(zip(keys, items[1::2], strict=True))
 
     def check_key(self, key: object) -> None:
+        if type(key) is SavedObject:  # hashed by identity
+            return
+        self.num_odd_keys += 1
+        if self.num_odd_keys > _MAX_ODD_KEYS:
+            self.fail(f"more than {_MAX_ODD_KEYS:,} keys and members of sets are no strings")
         # Hashing nested tuples takes time exponential in their depth when they share parts.
         parts = key if type(key) is tuple else (key,)
         if not all(type(part) in _HASHABLE for part in parts):
@@ -225,11 +290,10 @@ class _Machine:
     def push_global(self, module: str, name: str) -> None:
         value = self.allowed.get((module, name))
         if value is None:
-            # Shortened, for a long name that is repeated would multiply.
             full = f"{module[:200]}.{name[:200]}"
             if not full.startswith(self.inert_packages or "\0") or not full.isprintable():
                 self.forbid(f"the pickle names {full if full.isprintable() else ascii(full)}")
-            value = Reference(full)
+            value = self.inert.setdefault(full, Reference(full))  # one, for a name that is repeated would multiply
         self.stack.append(value)
 
     def _problem(self, code: Code, what: str, i: int | None = None) -> Problem:
@@ -383,6 +447,8 @@ def _set(machine: _Machine, op: int, i: int) -> int:
 def _global(machine: _Machine, _op: int, i: int) -> int:
     end = machine.data.index(b"\n", i)
     stop = machine.data.index(b"\n", end + 1)
+    if stop - i > _MAX_NAME_BYTES:
+        machine.fail(f"a name of {stop - i:,} bytes")
     machine.push_global(machine.data[i:end].decode(), machine.data[end + 1 : stop].decode())
     return stop + 1
 

@@ -1,4 +1,4 @@
-"""The record that shardway leaves in an iteration folder: where the weights came from, and a digest of every chunk.
+"""The record that shardway leaves in an iteration folder: where the weights came from, and digests of every byte.
 
 ``shardway.json`` is JSON; Megatron and Megatron Bridge ignore it. Everything that an export needs beside the tensors
 and the ``hf`` folder is in it, and a checkpoint without it exports as well.
@@ -9,9 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shardway.core.errors import Code, Problem, ShardwayError
+from shardway.formats.dcp import is_plain_path
+from shardway.formats.json_text import JsonInvalidError, parse_json
+from shardway.formats.small_files import read_small_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,11 +22,25 @@ if TYPE_CHECKING:
 
 RECORD_FILE = "shardway.json"
 _MAX_BYTES = 256 * 2**20
-_VERSION = 1
+_VERSION = 2
 _ALGORITHM = "xxh3-128"
+_BLANK = "0" * 32
+_END = b'"\n}\n'  # what follows the record's own digest
 
 # Digest of each chunk of a tensor, by the chunk's first index.
 ChunkDigests = dict[tuple[str, tuple[int, ...]], str]
+
+
+class FileDigest(NamedTuple):
+    """A file of a checkpoint.
+
+    Attributes:
+        num_bytes: Its size.
+        digest: xxh3-128 of its bytes in their order, but for the elements of chunks, which have digests of their own.
+    """
+
+    num_bytes: int
+    digest: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +49,8 @@ class Record:
 
     Attributes:
         written_by: Program and version.
-        family: Name of the model family.
-        architecture: Hugging Face class.
+        family: Name of the model family; None where it is not known.
+        architecture: Hugging Face class; None where it is not known.
         source: Fingerprint of the source's files.
         options: What the conversion was told that changes its result.
         copies: Hugging Face tensors that were exact copies of another one, and which.
@@ -41,11 +58,12 @@ class Record:
         dtypes: Hugging Face tensors that Megatron holds in a wider type than the source did, and the source's type.
         megatron_config: Fields of megatron-core's TransformerConfig and GPTModel.
         digests: xxh3-128 of the bytes of every chunk.
+        files: Every file of the iteration folder but the record itself, by its path in the folder.
     """
 
     written_by: str
-    family: str
-    architecture: str
+    family: str | None
+    architecture: str | None
     source: str
     options: Mapping[str, object]
     copies: Mapping[str, str] = field(default_factory=dict)
@@ -53,13 +71,14 @@ class Record:
     dtypes: Mapping[str, str] = field(default_factory=dict)
     megatron_config: Mapping[str, object] = field(default_factory=dict)
     digests: ChunkDigests = field(default_factory=dict)
+    files: Mapping[str, FileDigest] = field(default_factory=dict)
 
-    def with_digests(self, digests: ChunkDigests) -> Record:
-        """The record with the digests of the chunks that were written."""
-        return dataclasses.replace(self, digests=digests)
+    def with_digests(self, digests: ChunkDigests, files: Mapping[str, FileDigest]) -> Record:
+        """The record with the digests of the chunks and files that were written."""
+        return dataclasses.replace(self, digests=digests, files=files)
 
     def to_json(self) -> bytes:
-        """The record as the bytes of ``shardway.json``."""
+        """The record as the bytes of ``shardway.json``, its own digest last."""
         chunks: dict[str, dict[str, str]] = {}
         for (tensor, start), digest in sorted(self.digests.items()):
             chunks.setdefault(tensor, {})[".".join(map(str, start))] = digest
@@ -74,50 +93,104 @@ class Record:
             "variants": dict(self.variants),
             "dtypes": dict(self.dtypes),
             "megatron_config": dict(self.megatron_config),
-            "digests": {"algorithm": _ALGORITHM, "chunks": chunks},
+            "digests": {
+                "algorithm": _ALGORITHM,
+                "files": {
+                    name: {"bytes": size, "digest": digest} for name, (size, digest) in sorted(self.files.items())
+                },
+                "chunks": chunks,
+            },
+            "digest": _BLANK,
         }
-        return (json.dumps(document, indent=1) + "\n").encode()
+        blank = (json.dumps(document, indent=1) + "\n").encode()
+        return _with_own_digest(blank, _own_digest(blank))
 
 
 def read_record(folder: Path) -> Record | None:
-    """The record of an iteration folder; None where there is none.
+    """The record of an iteration folder, every byte of it as it was written; None where there is none.
 
     Raises:
-        ShardwayError: `record-invalid` when there is one that can't be understood.
+        ShardwayError: `record-invalid` when there is one that can't be understood or was changed, `path-escapes` when
+            it names files outside of the folder.
     """
     path = folder / RECORD_FILE
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise _invalid(path, f"it is larger than {_MAX_BYTES} bytes")
-        document = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise _invalid(path, str(error)) from error
+        data = read_small_file(path, _MAX_BYTES)
+        document = parse_json(data)
+    except JsonInvalidError as error:
+        raise _invalid(path, f"it {error}") from None
+    except ShardwayError as error:
+        if error.code is Code.FILE_MISSING:
+            return None
+        raise _invalid(path, error.problems[0].what) from error
     if not isinstance(document, dict) or document.get("format") != _VERSION:
         raise _invalid(path, f"its format is not {_VERSION}")
+    if document.get("digest") != _own_digest(data) or _with_own_digest(data, document["digest"]) != data:
+        raise _invalid(path, "it was changed or damaged after it was written: its own digest does not fit")
     try:
-        digests = document["digests"]
-        if digests["algorithm"] != _ALGORITHM:
-            raise _invalid(path, f"its digests are not {_ALGORITHM}")
-        return Record(
-            written_by=str(document["written_by"]),
-            family=str(document["family"]),
-            architecture=str(document["architecture"]),
-            source=str(document["source"]),
-            options=dict(document["options"]),
-            copies={str(name): str(of) for name, of in document["copies"].items()},
-            variants={str(flag): bool(value) for flag, value in document.get("variants", {}).items()},
-            dtypes={str(name): str(dtype) for name, dtype in document.get("dtypes", {}).items()},
-            megatron_config=dict(document["megatron_config"]),
-            digests={
-                (tensor, tuple(map(int, start.split("."))) if start else ()): str(digest)
-                for tensor, chunks in digests["chunks"].items()
-                for start, digest in chunks.items()
-            },
-        )
+        record = _parse(document)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _invalid(path, f"{type(error).__name__}: {error}") from error
+        raise _invalid(path, f"{type(error).__name__}: {error!s:.200}") from error
+    escaping = [name for name in record.files if not is_plain_path(name)]
+    if escaping:
+        what = f"the record names the file {escaping[0][:200]!r}, which is not a plain path inside the checkpoint"
+        raise ShardwayError(Problem(code=Code.PATH_ESCAPES, what=what, file=path, cure="do not trust this checkpoint"))
+    return record
+
+
+def _parse(document: dict[str, Any]) -> Record:
+    digests = document["digests"]
+    if digests["algorithm"] != _ALGORITHM:
+        raise ValueError(f"its digests are not {_ALGORITHM}")
+    family, architecture = document["family"], document["architecture"]
+    return Record(
+        written_by=_text(document["written_by"]),
+        family=None if family is None else _text(family),
+        architecture=None if architecture is None else _text(architecture),
+        source=_text(document["source"]),
+        options=dict(document["options"]),
+        copies={name: _text(of) for name, of in document["copies"].items()},
+        variants={flag: _flag(value) for flag, value in document["variants"].items()},
+        dtypes={name: _text(dtype) for name, dtype in document["dtypes"].items()},
+        megatron_config=dict(document["megatron_config"]),
+        digests={
+            (tensor, tuple(map(int, start.split("."))) if start else ()): _text(digest)
+            for tensor, chunks in digests["chunks"].items()
+            for start, digest in chunks.items()
+        },
+        files={
+            name: FileDigest(_size(file["bytes"]), _text(file["digest"])) for name, file in digests["files"].items()
+        },
+    )
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a {type(value).__name__} in the place of a string")
+    return value
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"a {type(value).__name__} in the place of true or false")
+    return value
+
+
+def _size(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise TypeError("a size in bytes is no count")
+    return value
+
+
+def _own_digest(data: bytes) -> str:
+    """xxh3-128 of the record's bytes, with zeros where this digest stands in them."""
+    import xxhash
+
+    return str(xxhash.xxh3_128_hexdigest(_with_own_digest(data, _BLANK)))
+
+
+def _with_own_digest(data: bytes, digest: str) -> bytes:
+    return data[: -len(_BLANK) - len(_END)] + digest.encode() + _END
 
 
 def _invalid(path: Path, why: str) -> ShardwayError:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from shardway.core.dtypes import DType, dtype_of_safetensors
 from shardway.core.errors import Code, Problem, Problems, ShardwayError
 from shardway.core.tensors import Chunk, Shape, StoredTensor
+from shardway.formats.json_text import JsonInvalidError, check_density
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -304,9 +305,12 @@ def _parse_header(raw: bytes, path: Path) -> dict[str, object]:
 
     try:
         text = raw.decode()
+        check_density(raw)
         header: dict[str, object] = json.loads(text, object_pairs_hook=to_dict)
     except UnicodeDecodeError as error:
         raise _header_error(f"the header of {shown} is not UTF-8 at byte {error.start}: {error.reason}", path) from None
+    except JsonInvalidError as error:
+        raise _header_error(f"the header of {shown} {error}", path) from None
     except RecursionError:
         raise _header_error(f"the header of {shown} nests JSON too deeply", path) from None
     except ValueError as error:

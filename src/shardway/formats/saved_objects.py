@@ -26,7 +26,7 @@ from shardway.formats.pickle_writer import (
     integer,
     real,
 )
-from shardway.formats.pickles import Reference, SavedObject, load_pickle
+from shardway.formats.pickles import Reference, SavedObject, enum_lookup, load_pickle
 from shardway.formats.small_files import read_small_file
 from shardway.formats.zips import (
     Entry,
@@ -47,7 +47,8 @@ if TYPE_CHECKING:
 
 MAX_FILE_BYTES = 256 << 20
 _MAX_DEPTH = 100
-_MAX_VALUES = 10_000_000  # counted as if nothing were shared: what a reader that prints or copies it has to visit
+_MAX_MEMBERS = 50_000  # of all sets: whoever chooses numbers can make their hashes collide
+_MAX_VALUES = 2_000_000  # counted as if nothing were shared: what a reader that prints or copies it has to visit
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +150,7 @@ class _Archive:
         self._prefix = prefix
         self._file = file
         self._budget = MAX_FILE_BYTES
+        self._num_members = 0
 
     def names(self) -> dict[tuple[str, str], object]:
         """The names whose stand-ins copy."""
@@ -196,8 +198,14 @@ class _Archive:
     def _set(self, items: object = ()) -> set[object]:
         if type(items) is not list or not all(type(item) in (str, int, float, bool, bytes) for item in items):
             raise _bad_call("set")
-        self._charge(64 * len(items))
+        self._num_members += len(items)
+        if self._num_members > _MAX_MEMBERS:
+            raise _invalid(f"its sets have more than {_MAX_MEMBERS:,} members", self._file)
+        self._charge(256)
         return set(items)
+
+
+_CONTAINERS = (dict, list, tuple, set, frozenset, SavedObject)
 
 
 def _check_tree(value: object, file: str) -> None:
@@ -223,7 +231,9 @@ def _check_tree(value: object, file: str) -> None:
                 raise _invalid(f"its values are nested more than {_MAX_DEPTH} deep", file)
             sizes[id(item)] = -1
             pending.append((item, True))
-            pending.extend((part, False) for part in parts)
+            pending.extend((part, False) for part in parts if part and isinstance(part, _CONTAINERS))
+            if len(sizes) > _MAX_VALUES:
+                raise _invalid(f"it holds more than {_MAX_VALUES:,} values", file)
 
 
 def _leaf(value: object) -> int:
@@ -379,6 +389,10 @@ _RENAMED = {
 _INERT_PACKAGES = ("megatron.", "transformer_engine.", "torch.nn.functional.", "torch._C._nn.")
 
 
+def _is_inert(name: str) -> bool:
+    return name.startswith(_INERT_PACKAGES)
+
+
 def _table() -> dict[tuple[str, str], object]:
     table = {
         (module, name): Reference(f"{module}.{name}") for module, names in _INERT.items() for name in names.split()
@@ -387,6 +401,7 @@ def _table() -> dict[tuple[str, str], object]:
         table |= {(module, name): Reference(f"{module}.{name}", make) for name, make in calls.items()}
     for module, other in _RENAMED.items():
         table |= {(other, name): value for (own, name), value in table.items() if own == module}
+    table |= dict.fromkeys((("builtins", "getattr"), ("__builtin__", "getattr")), enum_lookup(_is_inert))
     for old, new in (("xrange", "range"), ("long", "int"), ("unicode", "str")):
         table[("__builtin__", old)] = table[("builtins", new)]
     return {**tensor_pickles.TENSOR_NAMES, **table}

@@ -21,6 +21,7 @@ from shardway.formats.iterations import (
     shorten,
     tracker_text,
 )
+from shardway.formats.json_text import JsonInvalidError, parse_json
 from shardway.formats.pickles import SavedObject
 from shardway.formats.safetensors import missing_file, unreadable_file
 from shardway.formats.saved_objects import (
@@ -148,10 +149,20 @@ def _open(root: Path, wanted: Callable[[str], bool] | None) -> TorchDistCheckpoi
         common=common,
         content_metadata=_string_keyed(content) if isinstance(content, dict) else {},
         common_form=form,
-        hf_dir=root / "hf" if (root / "hf").is_dir() else None,
+        hf_dir=_hf_dir(root),
         files=files,
         metadata=metadata,
     )
+
+
+def _hf_dir(root: Path) -> Path | None:
+    """The folder ``hf``; what is in it will be copied as it is, so it must not be a link to somewhere else."""
+    path = root / "hf"
+    if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
+        what = f"{path.name} is a link to {path.resolve()}, outside of the checkpoint"
+        cure = "if you trust it, put a copy of the directory in the place of the link"
+        raise ShardwayError(Problem(code=Code.PATH_ESCAPES, what=what, file=path, cure=cure))
+    return path if path.is_dir() else None
 
 
 def metadata_json() -> bytes:
@@ -235,13 +246,14 @@ def _check_backend(root: Path, files: Mapping[str, int]) -> None:
     if "metadata.json" in files:
         path = root / "metadata.json"
         try:
-            config = json.loads(read_small_file(path, _MAX_JSON_BYTES))
-            backend = config["sharded_backend"]
-            if not isinstance(backend, str):
-                raise TypeError
-        except (ValueError, TypeError, KeyError, RecursionError):
-            what = "metadata.json does not say which backend wrote the checkpoint"
+            config = parse_json(read_small_file(path, _MAX_JSON_BYTES))
+        except JsonInvalidError as error:
+            what = f"metadata.json {error}"
             raise ShardwayError(Problem(code=Code.METADATA_INVALID, what=what, file=path, cure=_CURE_COPY)) from None
+        backend = config.get("sharded_backend") if isinstance(config, dict) else None
+        if not isinstance(backend, str):
+            what = "metadata.json does not say which backend wrote the checkpoint"
+            raise ShardwayError(Problem(code=Code.METADATA_INVALID, what=what, file=path, cure=_CURE_COPY))
         if backend != "torch_dist":
             raise ShardwayError(
                 Problem(
@@ -326,9 +338,14 @@ def _find_tensors(
     for name in sorted(present & places.keys()):
         fd = os.open(root / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            for _, key, chunk in sorted(places[name]):
+            reached = 0
+            for begin, key, chunk in sorted(places[name]):
                 if len(problems) >= _MAX_PROBLEMS:
                     break
+                if begin < reached:  # a small file could stand for any number of large tensors
+                    what = f"a chunk of {key} lies in bytes that belong to another chunk"
+                    problems.add(Code.METADATA_INVALID, what, tensor=key, file=root / name, cure=_CURE_COPY)
+                reached = begin + chunk.location.length
                 offset = _find_chunk(fd, str(root / name), key, metadata.tensors[key].dtype, chunk, problems)
                 found[key, chunk.start] = Chunk(chunk.start, chunk.size, name, offset)
         finally:

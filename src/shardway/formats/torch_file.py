@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from shardway.core.dtypes import DType
     from shardway.core.tensors import Shape
 
-MAX_PICKLE_BYTES = 64 << 20
+MAX_PICKLE_BYTES = 32 << 20
 _MAX_TENSOR_PICKLE_BYTES = 16 << 10  # of one tensor; torch writes 150 to 250 bytes, and they are cached
+_MAX_TENSOR_DIRECTORY_BYTES = 4 << 10  # of one tensor; torch writes 400 bytes for its half-dozen entries
 _ONE_READ_BYTES = 8192  # blobs up to here are read whole: one read costs less than two
 _HEAD_BYTES = 2048  # torch puts data.pkl and the header of the first tensor in the first 700 bytes
 _TAIL_BYTES = 1024  # and 561 bytes of directory at the end
@@ -98,7 +99,7 @@ def read_tensor_blob(fd: int, offset: int, length: int, *, file: str, tensor: st
     if len(tail) != wanted:
         raise _cut_off(file, tensor, offset, length)
     try:
-        entries = read_directory(tail, length, read)
+        entries = read_directory(tail, length, read, _MAX_TENSOR_DIRECTORY_BYTES)
         prefix, data = open_archive(entries, head, read, _MAX_TENSOR_PICKLE_BYTES)
         try:
             view = _view_of_pickle(data)

@@ -22,7 +22,7 @@ END_BYTES = _END.size + _LOCATOR.size + _END64.size
 MAX_32 = 0xFFFFFFFF
 _UTF8 = 0x0800
 _VERSION = 45  # "needed to extract": zip64
-_MAX_DIRECTORY_BYTES = 16 << 20  # a hundred thousand entries
+MAX_DIRECTORY_BYTES = 16 << 20  # a hundred thousand entries
 
 
 class ZipInvalidError(Exception):
@@ -43,13 +43,14 @@ class Entry(NamedTuple):
     limit: int
 
 
-def read_directory(tail: bytes, length: int, read: Read) -> dict[bytes, Entry]:
+def read_directory(tail: bytes, length: int, read: Read, most_bytes: int = MAX_DIRECTORY_BYTES) -> dict[bytes, Entry]:
     """The entries of an archive, proven to be stored, in order, apart from one another and inside the archive.
 
     Args:
         tail: The archive's last bytes; the more of the directory it holds, the fewer reads.
         length: Bytes of the archive.
         read: Returns `size` bytes at an offset from the archive's start; used if `tail` is too short.
+        most_bytes: The largest directory accepted.
 
     Returns:
         Entries by name.
@@ -58,7 +59,7 @@ def read_directory(tail: bytes, length: int, read: Read) -> dict[bytes, Entry]:
         ZipInvalidError: If anything is unlike what `torch.save` writes.
     """
     count, size, start = _find_directory(tail, length)
-    if size > _MAX_DIRECTORY_BYTES or count * _CENTRAL.size > size:
+    if size > most_bytes or count * _CENTRAL.size > size:
         raise ZipInvalidError(f"its directory of {size:,} bytes can't hold {count:,} entries")
     tail_start = length - len(tail)
     at = start - tail_start

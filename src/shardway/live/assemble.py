@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shardway.core.boxes import Box, exact_cover
+from shardway.core.boxes import UNPROVEN, Box, exact_cover
 from shardway.core.errors import Code, Problems
 from shardway.formats.dcp import DcpChunk, DcpLocation, DcpTensor, write_metadata
 from shardway.formats.iterations import TRAIN_STATE
-from shardway.formats.record import RECORD_FILE
+from shardway.formats.record import RECORD_FILE, FileDigest
 from shardway.formats.torch_dist import common_pt, metadata_json, train_state_pt
+from shardway.verification.recording import digest_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -50,6 +51,7 @@ def assemble(
     tensors: Mapping[str, tuple[DType, Shape]] | None = None,
     objects: Sequence[str] | None = None,
     record: Record | None = None,
+    companions: Mapping[str, bytes] | None = None,
 ) -> Assembly:
     """The metadata of a checkpoint, after a last proof that what was written covers every tensor exactly once.
 
@@ -61,6 +63,7 @@ def assemble(
             shards themselves say.
         objects: Keys of the objects that must be there; by default those that are.
         record: Gets the digests and becomes ``shardway.json``; by default there is none.
+        companions: Contents of the files that will lie in the iteration folder beside these, by name.
 
     Returns:
         The same bytes for the same results, whatever their order.
@@ -75,8 +78,10 @@ def assemble(
     written: dict[str, list[WrittenShard]] = {}
     places: dict[str, DcpLocation] = {}
     files: dict[str, int] = {}
+    file_digests: dict[str, FileDigest] = {}
     for result in sorted(results, key=lambda result: (result.rank, result.files)):
-        for name, num_bytes in result.files:
+        for name, num_bytes, digest in result.files:
+            file_digests[name] = FileDigest(num_bytes, digest)
             if name in files:
                 problems.add(Code.TENSOR_DUPLICATE, f"two ranks wrote a file {name}", file=name)
             files[name] = num_bytes
@@ -106,7 +111,9 @@ def assemble(
         TRAIN_STATE: train_state_pt(iteration),
     }
     if record is not None:
-        small_files[RECORD_FILE] = record.with_digests(digests).to_json()
+        others = {**small_files, **(companions or {})}
+        file_digests |= {name: digest_bytes(contents) for name, contents in others.items()}
+        small_files[RECORD_FILE] = record.with_digests(digests, file_digests).to_json()
     return Assembly(
         small_files=small_files,
         files=files,
@@ -126,9 +133,11 @@ def _describe(key: str, items: list[WrittenShard], problems: Problems) -> DcpTen
     if all(len(box.start) == len(box.size) == len(first.global_shape) for box in boxes):
         fault = exact_cover(first.global_shape, boxes)
         if fault is not None:
-            what = {-1: "lies outside of the tensor", 0: "was not written"}.get(
-                fault.times, f"was written {fault.times} times"
-            )
+            what = {
+                -1: "lies outside of the tensor",
+                0: "was not written",
+                UNPROVEN: "is cut so irregularly that it can't be proven to be written once",
+            }.get(fault.times, f"was written {fault.times} times")
             problems.add(
                 Code.COVERAGE,
                 f"a part of {key} {what}",

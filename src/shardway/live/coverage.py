@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from shardway.core.boxes import Box, exact_cover, whole
+from shardway.core.boxes import UNPROVEN, Box, exact_cover, whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -40,7 +40,8 @@ class Gap(NamedTuple):
             return self.key
         if self.box == whole(self.shape):
             return f"{self.key} {list(self.shape)}"
-        how = {0: "is missing", -1: "lies outside of it"}.get(self.times, f"is held in {self.times} ways that overlap")
+        ways = "ways" if self.times == UNPROVEN else f"{self.times} ways"
+        how = {0: "is missing", -1: "lies outside of it"}.get(self.times, f"is held in {ways} that overlap")
         return f"{self.key} {list(self.shape)}: {list(self.box.size)} from {list(self.box.start)} {how}"
 
 

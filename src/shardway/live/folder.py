@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from shardway.core.dtypes import BFLOAT16
 from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.formats.iterations import iteration_folder
 from shardway.live.assemble import assemble
-from shardway.live.shared_staging import SharedStaging
 from shardway.live.writer import write_shards
 from shardway.plans.imports import HF_FOLDER
 from shardway.run.destination import holds_checkpoint, in_the_way, publish_tracker, refuse_older
 from shardway.run.files import failing, sync_directory
+from shardway.run.publish import SharedStaging, is_unsettled, persistently
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,11 +26,14 @@ if TYPE_CHECKING:
     from shardway.live.saving import Assignment, Report
     from shardway.live.state import LiveState
     from shardway.live.written import WriterResult
+    from shardway.run.pulse import Pulse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IterationFolder:
     """The folder of one iteration, as the save protocol's actions see it (`saving.SaveActions`).
+
+    How several ranks share a staging folder, and any of them can publish it, is told in `publish.SharedStaging`.
 
     Attributes:
         root: Root of the checkpoint.
@@ -59,6 +62,7 @@ class IterationFolder:
     writers: int
     sync: bool
     made: tuple[Path, ...] = ()
+    _pulses: dict[str, Pulse | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def folder(self) -> Path:
@@ -68,19 +72,22 @@ class IterationFolder:
     def prepare(self, staging: str) -> None:
         """Create the staging folder, unless the iteration is in place already and may not be replaced.
 
+        An iteration whose save was killed after its last rename, but before the tracker named it, may be.
+
         Raises:
             ShardwayError: `destination-exists`, `destination-unwritable`, `io-failed`, `no-space`.
 
         *Ranks*: coordinator.
         """
         if holds_checkpoint(self.root, self.folder):
-            if not self.replace:
+            if not self.replace and not is_unsettled(self.folder):
                 raise in_the_way(
                     self.folder, "it holds a checkpoint", "choose another path or iteration, or if_exists='replace'"
                 )
         else:
             refuse_older(self.root, self.folder, self.iteration)
         self._staging(staging).create()
+        self._show_life(staging)
 
     def write(self, assignment: Assignment, report: Report) -> WriterResult:
         """Write what this rank was assigned.
@@ -90,6 +97,7 @@ class IterationFolder:
 
         *Ranks*: those that were assigned something.
         """
+        self._show_life(assignment.staging)
         return write_shards(
             self.state,
             assignment.shards,
@@ -112,12 +120,14 @@ class IterationFolder:
         *Ranks*: coordinator.
         """
         shared = self._staging(staging)
+        companions = self._read_companions()
         assembly = assemble(
             results,
             iteration=self.iteration,
             content_metadata=self.state.content_metadata,
             tensors=self._kinds(results),
             record=self.record,
+            companions=companions,
         )
         for name, num_bytes in assembly.files.items():
             path = shared.path / name
@@ -133,16 +143,8 @@ class IterationFolder:
                         cure="do all ranks see the same filesystem at this path?",
                     )
                 )
-        for name, contents in assembly.small_files.items():
+        for name, contents in {**assembly.small_files, **companions}.items():
             shared.write(tag, name, contents)
-            report(len(contents))
-        for name, source in self.companions.items():
-            if isinstance(source, bytes):
-                contents = source
-            else:
-                with failing("read a file for the hf folder", source):
-                    contents = source.read_bytes()
-            shared.write(tag, f"{HF_FOLDER}/{name}", contents)
             report(len(contents))
         shared.seal(tag, assembly.files)
 
@@ -156,16 +158,21 @@ class IterationFolder:
 
         *Ranks*: any.
         """
-        self._staging(staging).publish(tag, replace=self.replace, report=report)
-        publish_tracker(self.root, self.folder, self.iteration, sync=self.sync)
+        shared = self._staging(staging)
+        shared.publish(tag, replace=self.replace, report=report)
+        persistently(lambda: publish_tracker(self.root, self.folder, self.iteration, sync=self.sync))
         if self.sync:
-            sync_directory(self.root)
+            persistently(lambda: sync_directory(self.root))
+        shared.settle(tag)
 
     def abandon(self, staging: str) -> None:
         """Remove the staging folder, and what directories above it this save has made; never raises.
 
         *Ranks*: every participant.
         """
+        pulse = self._pulses.pop(staging, None)
+        if pulse is not None:
+            pulse.stop()
         self._staging(staging).remove()
         with contextlib.suppress(OSError):
             for directory in self.made:
@@ -173,6 +180,21 @@ class IterationFolder:
 
     def _staging(self, staging: str) -> SharedStaging:
         return SharedStaging(self.folder, staging, sync=self.sync)
+
+    def _show_life(self, staging: str) -> None:
+        if self._pulses.get(staging) is None:
+            self._pulses[staging] = self._staging(staging).show_life()
+
+    def _read_companions(self) -> dict[str, bytes]:
+        """Contents of the files that go into ``hf/``, by their names in the iteration folder."""
+        found = {}
+        for name, source in self.companions.items():
+            if isinstance(source, bytes):
+                found[f"{HF_FOLDER}/{name}"] = source
+            else:
+                with failing("read a file for the hf folder", source):
+                    found[f"{HF_FOLDER}/{name}"] = source.read_bytes()
+        return found
 
     def _kinds(self, results: Sequence[WriterResult]) -> Mapping[str, tuple[DType, Shape]]:
         """What must be there: what is known to belong to the model, and all that the ranks brought."""

@@ -23,11 +23,10 @@ from shardway.formats.dcp import DcpLocation
 from shardway.formats.huggingface import CONFIG_FILE
 from shardway.live.pieces import Mosaic, Values
 from shardway.live.saving import Superseded
-from shardway.live.shared_staging import SharedStaging
 from shardway.live.written import WriterResult, WrittenFile, WrittenShard
 from shardway.plans.chunking import split_box
-from shardway.run.destination import in_the_way
 from shardway.run.files import Files, failing
+from shardway.run.publish import SharedStaging, in_the_way, is_unsettled
 from shardway.run.strided import scatter
 
 if TYPE_CHECKING:
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
     from shardway.live.pieces import Part
     from shardway.live.saving import Assignment, Report
     from shardway.live.state import LiveState
+    from shardway.run.pulse import Pulse
 
 _BLOCK_BYTES = 2**20  # stays in the processor's cache on its way to the file
 
@@ -75,6 +75,7 @@ class HuggingFaceFolder:
     made: tuple[Path, ...] = ()
     _guard: threading.Lock = field(default_factory=threading.Lock)
     _is_over: bool = False
+    _pulses: dict[str, Pulse | None] = field(default_factory=dict)
 
     def prepare(self, staging: str) -> None:
         """Create the staging directory and in it the files, of their final size, with their headers.
@@ -110,6 +111,7 @@ class HuggingFaceFolder:
                     os.pwrite(descriptor, self.layout.headers[name], 0)
                 finally:
                     os.close(descriptor)
+        self._show_life(staging)
 
     def write(self, assignment: Assignment, report: Report) -> WriterResult:
         """Write this rank's parts of the tensors that were assigned to it into their places.
@@ -119,6 +121,7 @@ class HuggingFaceFolder:
 
         *Ranks*: those that were assigned something.
         """
+        self._show_life(assignment.staging)
         parts = Mosaic(self.mapping).parts_of(assignment.shards)
         ordered = sorted((self.layout.places[name][:2], name) for name in parts)
         values = Values(self.state, self.mapping.shifts)
@@ -145,7 +148,7 @@ class HuggingFaceFolder:
         name = f"{self.rank}.{assignment.first_file}"  # a part of the shared files, for the count of bytes
         return WriterResult(
             rank=self.rank,
-            files=(WrittenFile(name, num_bytes),) if assignment.shards else (),
+            files=(WrittenFile(name, num_bytes, ""),) if assignment.shards else (),
             shards=tuple(WrittenShard(shard, DcpLocation(name, 0, 0), "") for shard in assignment.shards),
             objects=(),
         )
@@ -186,13 +189,18 @@ class HuggingFaceFolder:
 
         *Ranks*: any, several of them at once, and killed at any point of it.
         """
-        self._staging(staging).publish(tag, replace=self.replace, report=report)
+        shared = self._staging(staging)
+        shared.publish(tag, replace=self.replace, report=report)
+        shared.settle(tag)
 
     def abandon(self, staging: str) -> None:
         """Remove the staging directory, and what directories above it this save has made; never raises.
 
         *Ranks*: every participant.
         """
+        pulse = self._pulses.pop(staging, None)
+        if pulse is not None:
+            pulse.stop()
         self._staging(staging).remove()
         with contextlib.suppress(OSError):
             for directory in self.made:
@@ -209,6 +217,10 @@ class HuggingFaceFolder:
     def _staging(self, staging: str) -> SharedStaging:
         return SharedStaging(self.folder, staging, sync=self.sync)
 
+    def _show_life(self, staging: str) -> None:
+        if self._pulses.get(staging) is None:
+            self._pulses[staging] = self._staging(staging).show_life()
+
     def _check_destination(self) -> None:
         with failing("look at what is there", self.folder):
             if not self.folder.exists():
@@ -222,7 +234,7 @@ class HuggingFaceFolder:
             listed = ", ".join(present[:4]) + (", ..." if len(present) > 4 else "")
             why = f"it is not empty and no Hugging Face checkpoint: {listed}"
             raise in_the_way(self.folder, why, "choose another destination")
-        if not self.replace:
+        if not self.replace and not is_unsettled(self.folder):
             raise in_the_way(self.folder, "it holds a checkpoint", "choose another path, or if_exists='replace'")
 
     def _write_part(self, files: Files, part: Part, values: Values, report: Report) -> tuple[int, int]:

@@ -111,7 +111,7 @@ class Arrival:
 
     Attributes:
         rank: Its number in the job.
-        process: Identifies its process on its machine; see `shardway.live.processes`.
+        process: Identifies its process on its machine; see `shardway.run.processes`.
         table: Digest of its table.
         replicas: Replica numbers of its shards, then of its objects.
         agreement: What has to be the same on all ranks, as text.

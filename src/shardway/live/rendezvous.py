@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.live.memory_store import MemoryStore
 from shardway.live.messages import attempt_key
-from shardway.live.processes import began_at, is_dead, this_process
 from shardway.live.protocol import Part, Participant
 from shardway.live.requests import (
     Abandon,
@@ -36,6 +35,7 @@ from shardway.live.requests import (
     Write,
 )
 from shardway.live.saving import Superseded
+from shardway.run.processes import began_at, is_dead, this_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

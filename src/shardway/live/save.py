@@ -225,7 +225,7 @@ def save_megatron_model(
         rank=rank,
         state=state,
         tensors=None if mapping is None else {key: (None, shape) for key, shape in mapping.mcore.items()},
-        record=None if mapping is None else _record(mapping),
+        record=_record(mapping, companions.config),
         companions=companions.files,
         replace=config.if_exists == "replace",
         writers=config.writers_per_rank,
@@ -315,7 +315,12 @@ def _mapping(config: Mapping[str, object], state: LiveState) -> ModelMapping | N
         raise
 
 
-def _record(mapping: ModelMapping) -> Record:
+def _record(mapping: ModelMapping | None, config: Mapping[str, object]) -> Record:
+    if mapping is None:
+        architecture = HFConfig(config).architecture if config else None
+        return Record(
+            written_by=f"shardway {__version__}", family=None, architecture=architecture, source="live", options={}
+        )
     return Record(
         written_by=f"shardway {__version__}",
         family=mapping.family,

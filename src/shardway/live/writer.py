@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ def write_shards(
     files = _lay_out(state, shards, objects, rank, num_files, first_file)
     run = _Run(state, folder, on_progress, fsync=fsync)
     run.write(files)
-    return _result(rank, files, shards, objects, state, run.digests)
+    return _result(rank, files, shards, objects, state, run)
 
 
 def _lay_out(
@@ -141,6 +142,7 @@ class _Run:
         self._stop = threading.Event()
         self._errors: list[BaseException] = []
         self.digests: dict[Shard, str] = {}
+        self.around: dict[str, str] = {}
 
     def write(self, files: Sequence[_File]) -> None:
         """Write all files, one in this thread; raise what any thread raised, the project's own errors as one."""
@@ -179,22 +181,29 @@ class _Run:
         try:
             output = _Output(descriptor, path, self._advance, fsync=self._fsync)
             output.put([memoryview(literal) for literal in file.literals])
-            self._write_shards(file.jobs, output)
+            around = xxhash.xxh3_128(b"".join(file.literals))
+            self._write_shards(file.jobs, output, around)
+            self.around[file.name] = around.hexdigest()
             if not self._stop.is_set():
                 output.finish(file.num_bytes)
-        finally:
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+            raise
+        with failing(f"close a file of {file.num_bytes:,} bytes", path):
             os.close(descriptor)
 
-    def _write_shards(self, jobs: Sequence[_Job], output: _Output) -> None:
+    def _write_shards(self, jobs: Sequence[_Job], output: _Output, around: xxhash.xxh3_128) -> None:
         hasher = xxhash.xxh3_128()
         last = -1
         for number, view in Blocks().of(self._state.tensor_of(job.shard) for job in jobs):
             job = jobs[number]
             if number != last:
                 if last >= 0:
-                    self._end(jobs[last], hasher, output)
+                    self._end(jobs[last], hasher, output, around)
                 hasher, last = xxhash.xxh3_128(), number
                 output.defer(job.frame.head)
+                around.update(job.frame.head)
             for at in range(0, len(view), _STEP_BYTES):
                 if self._stop.is_set():
                     return
@@ -202,11 +211,12 @@ class _Run:
                 hasher.update(step)
                 output.put([step])
         if last >= 0:
-            self._end(jobs[last], hasher, output)
+            self._end(jobs[last], hasher, output, around)
         output.put([])
 
-    def _end(self, job: _Job, hasher: xxhash.xxh3_128, output: _Output) -> None:
+    def _end(self, job: _Job, hasher: xxhash.xxh3_128, output: _Output, around: xxhash.xxh3_128) -> None:
         output.defer(job.frame.tail)
+        around.update(job.frame.tail)
         self.digests[job.shard] = str(hasher.hexdigest())
 
     def _advance(self, num_bytes: int) -> None:
@@ -277,7 +287,7 @@ def _result(
     shards: Sequence[Shard],
     objects: Sequence[ObjectShard],
     state: LiveState,
-    digests: dict[Shard, str],
+    run: _Run,
 ) -> WriterResult:
     places: dict[Shard, DcpLocation] = {}
     literals: dict[bytes, DcpLocation] = {}
@@ -290,7 +300,7 @@ def _result(
             places[job.shard] = DcpLocation(file.name, job.offset, job.frame.length)
     return WriterResult(
         rank=rank,
-        files=tuple(WrittenFile(file.name, file.num_bytes) for file in files),
-        shards=tuple(WrittenShard(shard, places[shard], digests[shard]) for shard in shards),
+        files=tuple(WrittenFile(file.name, file.num_bytes, run.around[file.name]) for file in files),
+        shards=tuple(WrittenShard(shard, places[shard], run.digests[shard]) for shard in shards),
         objects=tuple(WrittenObject(record.key, literals[state.object_bytes(record.key)]) for record in objects),
     )

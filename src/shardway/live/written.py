@@ -15,10 +15,17 @@ _MAX_BYTES = 1 << 30
 
 
 class WrittenFile(NamedTuple):
-    """A file in the staging folder and the bytes that it must have when the checkpoint is published."""
+    """A file in the staging folder.
+
+    Attributes:
+        name: Its name.
+        num_bytes: Bytes that it must have when the checkpoint is published.
+        digest: xxh3-128 (hexadecimal) of those of its bytes that are no shard's elements.
+    """
 
     name: str
     num_bytes: int
+    digest: str
 
 
 class WrittenShard(NamedTuple):
@@ -79,7 +86,7 @@ class WriterResult:
     def from_bytes(cls, data: bytes) -> WriterResult:
         """What `to_bytes` made; for messages between the ranks of one job, not for files from elsewhere."""
         document = json.loads(zlib.decompressobj().decompress(data, _MAX_BYTES))
-        files = tuple(WrittenFile(name, num_bytes) for name, num_bytes in document["files"])
+        files = tuple(WrittenFile(*fields) for fields in document["files"])
 
         def location(place: list[int]) -> DcpLocation:
             number, offset, length = place

@@ -6,16 +6,17 @@ import math
 from bisect import bisect_right
 from typing import TYPE_CHECKING
 
-from shardway.core.boxes import Box, exact_cover, hull, row_major_strides, span, whole
+from shardway.core.boxes import UNPROVEN, Box, exact_cover, hull, row_major_strides, span, whole
 from shardway.core.errors import Code, Problem
 from shardway.core.tiles import reach, restrict
 from shardway.formats.torch_file import tensor_blob_frame
+from shardway.plans.combs import keep_whole
 from shardway.plans.model import Piece, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from shardway.core.tensors import Chunk, StoredTensor
+    from shardway.core.tensors import Chunk, Shape, StoredTensor
     from shardway.core.tiles import Tile
     from shardway.formats.torch_file import TensorFrame
 
@@ -37,6 +38,7 @@ def chunk_problems(tensors: Iterable[StoredTensor]) -> list[Problem]:
         code, what = {
             0: (Code.CHUNK_HOLE, "is not covered by any chunk"),
             -1: (Code.CHUNK_OUT_OF_BOUNDS, "is a chunk that lies outside the tensor"),
+            UNPROVEN: (Code.METADATA_INVALID, "is cut so irregularly that it can't be proven to be covered once"),
         }.get(fault.times, (Code.CHUNK_OVERLAP, f"is covered by {fault.times} chunks"))
         problems.append(
             Problem(
@@ -82,7 +84,10 @@ def build_streams(
         spans = ((*span(_box(tile), strides), k, tile) for k, tile in enumerate(on.get(name, ())))
         waiting = sorted(spans, reverse=True)
         live: list[tuple[int, Tile]] = []
-        for box, chunks in slabs(tensor):
+        found = slabs(tensor)
+        if blob_offsets is None:
+            found = _with_whole_combs(found, on.get(name, ()), hf, tensor.shape)
+        for box, chunks in found:
             first, last = span(box, strides)
             live = [(end, tile) for end, tile in live if end >= first]
             while waiting and waiting[-1][0] <= last:
@@ -102,6 +107,17 @@ def build_streams(
             streams.append(Stream(name, tensor.dtype, box, chunks, tuple(pieces), offsets))
     streams.sort(key=_place)
     return tuple(streams)
+
+
+def _with_whole_combs(
+    found: list[tuple[Box, tuple[Chunk, ...]]], tiles: Iterable[Tile], hf: Mapping[str, StoredTensor], shape: Shape
+) -> list[tuple[Box, tuple[Chunk, ...]]]:
+    """Slabs joined where they would cut what an export can write in one piece only together."""
+    memories = ((tile, whole(hf[tile.hf.tensor].shape)) for tile in tiles if len(hf[tile.hf.tensor].chunks) == 1)
+    return [
+        (hull([box for box, _ in found[begin:end]]), tuple(chunk for _, chunks in found[begin:end] for chunk in chunks))
+        for begin, end in keep_whole([box for box, _ in found], memories, shape)
+    ]
 
 
 def frame(stream: Stream, number: int) -> TensorFrame:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from shardway.core.boxes import Box
+from shardway.core.boxes import Box, hull
 from shardway.core.tiles import addresses, restrict
 from shardway.plans.chunking import split_box
+from shardway.plans.combs import complete, grid_in, keep_whole
 from shardway.plans.model import Direction
 from shardway.plans.streams import frame
 from shardway.run.strided import gather, grid_view, raw_dtype, scatter
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from shardway.core.dtypes import DType
     from shardway.core.tensors import Chunk
     from shardway.core.tiles import Tile
+    from shardway.plans.combs import Grid
     from shardway.plans.model import Piece, Plan, Stream
     from shardway.run.files import Files
     from shardway.run.losses import Losses
@@ -70,8 +72,16 @@ def move_blocks(
 
 
 def blocks_of(stream: Stream) -> list[Box]:
-    """The stream's slab cut into boxes of bounded size that follow each other in row-major order."""
-    return split_box(stream.box, BLOCK_BYTES // stream.dtype.itemsize)
+    """The stream's slab cut into boxes of bounded size that follow each other in row-major order.
+
+    Only what fills a comb (`plans.combs`) stays together whatever its size: an expert's gate and up, for one.
+    """
+    found = split_box(stream.box, BLOCK_BYTES // stream.dtype.itemsize)
+    if len(found) == 1:
+        return found
+    memories = ((piece.tile, Box(piece.hf.start, piece.hf.size)) for piece in stream.pieces)
+    past = tuple(start + size for start, size in zip(stream.box.start, stream.box.size, strict=True))
+    return [hull(found[begin:end]) for begin, end in keep_whole(found, memories, past)]
 
 
 def read_chunks(stream: Stream, block: Box, mcore: Files, hashers: Sequence[xxhash.xxh3_128], done: list[int]) -> Array:
@@ -150,10 +160,31 @@ def as_exported(plan: Plan, stream: Stream, part: Tile, values: Array, losses: L
 
 
 def _write_pieces(plan: Plan, stream: Stream, block: Box, hf: Files, memory: Array, losses: Losses) -> None:
+    teeth: dict[tuple[str, int], list[tuple[Grid, Array]]] = {}
     for piece, part in pieces_in(stream, block):
         converted = as_exported(plan, stream, part, part_of(memory, part, block), losses)
-        offset, strides = addresses(part.hf, Box(piece.hf.start, piece.hf.size))
-        scatter(hf, piece.hf.file, piece.hf.offset + offset * converted.itemsize, tuple(strides), converted)
+        grid = grid_in(part, Box(piece.hf.start, piece.hf.size))
+        if grid.is_comb:
+            teeth.setdefault((piece.hf.file, piece.hf.offset), []).append((grid, converted))
+        else:
+            scatter(hf, piece.hf.file, piece.hf.offset + grid.offset * converted.itemsize, grid.strides, converted)
+    for (file, at), found in teeth.items():
+        _write_combs(hf, file, at, found)
+
+
+def _write_combs(hf: Files, file: str, at: int, teeth: Sequence[tuple[Grid, Array]]) -> None:
+    """Write grids in which no two elements are neighbours; those that fill a stretch together, in one piece."""
+    grids = [grid for grid, _ in teeth]
+    left = dict(enumerate(teeth))
+    for group in complete(grids):
+        first = grids[group[0]].offset
+        together = np.empty(max(grids[k].past for k in group) - first, teeth[group[0]][1].dtype)
+        for k in group:
+            grid, values = left.pop(k)
+            grid_view(together, grid.offset - first, grid.sizes, grid.strides)[...] = values
+        hf.write_from(file, together.view(np.uint8).data, at + first * together.itemsize)
+    for grid, values in left.values():
+        scatter(hf, file, at + grid.offset * values.itemsize, grid.strides, values)
 
 
 def pieces_in(stream: Stream, block: Box) -> Iterator[tuple[Piece, Tile]]:

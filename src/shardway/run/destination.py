@@ -5,20 +5,22 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Self
 
-from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.formats.iterations import LATEST_TRAIN_STATE, TRACKER, TRAIN_STATE, tracker_text
 from shardway.run.files import failing
-from shardway.run.publish import StagedFile, is_leftover
+from shardway.run.publish import in_the_way, is_leftover
+from shardway.run.staged_file import StagedFile
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-
-def in_the_way(path: Path, why: str, cure: str) -> ShardwayError:
-    """The error of a destination that is taken."""
-    return ShardwayError(
-        Problem(code=Code.DESTINATION_EXISTS, what=f"{path} can't be written: {why}", file=path, cure=cure)
-    )
+__all__ = [
+    "Tracker",
+    "holds_checkpoint",
+    "in_the_way",
+    "publish_tracker",
+    "refuse_older",
+    "tracked_iteration",
+]
 
 
 def holds_checkpoint(root: Path, folder: Path) -> bool:
@@ -79,12 +81,15 @@ class Tracker:
         iteration: Number of the iteration that is about to be published; None for a release.
         train_state: Contents of its train_state.pt.
         sync: Force the files to the device.
+        staged_in: Directory for what is not published yet; None: the root.
     """
 
-    def __init__(self, root: Path, iteration: int | None, train_state: bytes, *, sync: bool) -> None:
+    def __init__(
+        self, root: Path, iteration: int | None, train_state: bytes, *, sync: bool, staged_in: Path | None = None
+    ) -> None:
         self._files = [
-            StagedFile(root / LATEST_TRAIN_STATE, train_state, sync=sync),
-            StagedFile(root / TRACKER, tracker_text(iteration), sync=sync),
+            StagedFile(root / LATEST_TRAIN_STATE, train_state, sync=sync, staged_in=staged_in),
+            StagedFile(root / TRACKER, tracker_text(iteration), sync=sync, staged_in=staged_in),
         ]
         self._root = root
         self._iteration = iteration

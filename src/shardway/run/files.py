@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_NO_SYNC = {errno.EINVAL, errno.ENOTSUP}  # some network filesystems have no fsync of a directory
 _MOST_OPEN = 400  # on either side; a process may often open 1,024
 
 
@@ -45,16 +46,36 @@ class Files:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            self.close()
+        except ShardwayError:
+            if kind is None:  # else there is an error already
+                raise
 
     def close(self) -> None:
-        """Close every file; afterwards they may be opened anew."""
+        """Close every file; afterwards they may be opened anew.
+
+        Raises:
+            ShardwayError: `io-failed`, or `no-space`, of a file that was written: some filesystems tell only now.
+        """
         with self._lock:
-            opened, self._opened = list(self._opened.values()), {}
-        for file in opened:
-            with contextlib.suppress(OSError):
-                os.close(file.descriptor)
+            opened, self._opened = dict(self._opened), {}
+        failed: ShardwayError | None = None
+        for name, file in opened.items():
+            try:
+                self._close(name, file)
+            except ShardwayError as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
+
+    def _close(self, name: str, file: _Opened) -> None:
+        try:
+            os.close(file.descriptor)
+        except OSError as error:
+            if self._flags & os.O_RDWR:
+                raise _failure(f"close {name}", self.root / name, error) from error
 
     @contextlib.contextmanager
     def opened(self, name: str) -> Iterator[int]:
@@ -89,7 +110,7 @@ class Files:
         if len(self._opened) >= _MOST_OPEN:
             idle = next((name for name, file in self._opened.items() if not file.num_users), None)
             if idle is not None:
-                os.close(self._opened.pop(idle).descriptor)
+                self._close(idle, self._opened.pop(idle))
 
     def read_into(self, name: str, view: memoryview, offset: int) -> None:
         """Fill `view` with the bytes at `offset` of a file.
@@ -167,7 +188,7 @@ def _failure(doing: str, file: Path, error: OSError, code: Code = Code.IO_FAILED
 
 
 def sync_directory(path: Path) -> None:
-    """Force a directory's entries to the device.
+    """Force a directory's entries to the device, where the filesystem knows how to.
 
     Raises:
         ShardwayError: `io-failed`.
@@ -176,5 +197,8 @@ def sync_directory(path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in _NO_SYNC:
+                raise
         finally:
             os.close(descriptor)

@@ -15,14 +15,17 @@ class Progress:
     """How far a run has come.
 
     Attributes:
-        phase: ``"copy"`` or ``"verify"``.
-        done_bytes: Bytes of tensors that have passed in this phase.
-        total_bytes: Bytes of tensors that will pass in it.
+        phase: ``"copy"``, ``"verify"``, ``"resume"`` while files that an earlier run has left are checked, or
+            ``"wait"`` while another process makes what was asked for.
+        done_bytes: Bytes of tensors that have passed in this phase; 0 while waiting.
+        total_bytes: Bytes of tensors that will pass in it; 0 while waiting.
+        waiting_for: Who is waited for, and since when, in a few words; empty in other phases.
     """
 
     phase: str
     done_bytes: int
     total_bytes: int
+    waiting_for: str = ""
 
 
 class Meter:

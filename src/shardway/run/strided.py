@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-# Below this many bytes a system call costs more than the bytes it would save.
+# A system call costs as much as reading this many bytes.
 _SIEVE_RUN_BYTES = 8192
 _SIEVE_WASTE = 4
 
@@ -30,9 +30,9 @@ def raw_dtype(itemsize: int) -> np.dtype[np.generic]:
 
 def grid_view(flat: Array, offset: int, sizes: Shape, strides: Shape) -> Array:
     """The grid of a one-dimensional array's elements at `offset + sum(index[k] * strides[k])`, without a copy."""
-    reach = offset + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
-    if reach >= flat.size:
-        raise IndexError(f"grid reaches element {reach} of {flat.size}")
+    reach = offset + hull_elements(sizes, strides)
+    if reach > flat.size:
+        raise IndexError(f"grid reaches element {reach - 1} of {flat.size}")
     byte_strides = tuple(s * flat.itemsize for s in strides)
     return np.lib.stride_tricks.as_strided(flat[offset:], sizes, byte_strides)
 
@@ -54,20 +54,19 @@ def gather(
         An array of shape `sizes`, in any memory order, and the bytes that were read.
     """
     order, run_axes = _file_order(sizes, strides)
-    ordered = [sizes[k] for k in order]
-    run_elements = math.prod(ordered[len(ordered) - run_axes :])
-    hull = 1 + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
-    total = math.prod(sizes)
-    if run_elements < total and run_elements * dtype.itemsize < _SIEVE_RUN_BYTES and hull <= _SIEVE_WASTE * total:
-        memory = np.empty(hull, dtype)
-        files.read_into(name, memory.view(np.uint8).data, offset)
-        return grid_view(memory, 0, sizes, strides), hull * dtype.itemsize
-    dense = np.empty(total, dtype)
-    view = dense.view(np.uint8).data
-    num_bytes = run_elements * dtype.itemsize
-    for k, at in enumerate(_run_offsets(order, run_axes, sizes, strides)):
+    depth = _sieve_depth(order, run_axes, sizes, strides, dtype.itemsize)
+    extent = hull_elements([sizes[k] for k in order[depth:]], [strides[k] for k in order[depth:]])
+    count = math.prod(sizes[k] for k in order[:depth])
+    memory = np.empty(count * extent, dtype)
+    view = memory.view(np.uint8).data
+    num_bytes = extent * dtype.itemsize
+    for k, at in enumerate(_run_offsets(order, len(order) - depth, sizes, strides)):
         files.read_into(name, view[k * num_bytes : (k + 1) * num_bytes], offset + at * dtype.itemsize)
-    return dense.reshape(ordered).transpose(_inverse(order)), total * dtype.itemsize
+    distance = list(strides)
+    for k in reversed(order[:depth]):
+        distance[k] = extent
+        extent *= sizes[k]
+    return grid_view(memory, 0, sizes, tuple(distance)), memory.nbytes
 
 
 def scatter(files: Files, name: str, offset: int, strides: Shape, grid: Array) -> None:
@@ -93,16 +92,31 @@ def _file_order(sizes: Shape, strides: Shape) -> tuple[list[int], int]:
     return order, run_axes
 
 
+def hull_elements(sizes: Sequence[int], strides: Sequence[int]) -> int:
+    """How many elements lie from a grid's first to its last, both included."""
+    return 1 + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
+
+
+def _sieve_depth(order: Sequence[int], run_axes: int, sizes: Shape, strides: Shape, itemsize: int) -> int:
+    """Along how many axes, in the order of the file, a grid is best read piece by piece.
+
+    What a piece spans is read whole, the elements between those of the grid too: fewer calls against more bytes.
+    """
+    total = math.prod(sizes)
+    best = len(order) - run_axes
+    lowest = math.inf
+    for depth in range(best, -1, -1):
+        extent = hull_elements([sizes[k] for k in order[depth:]], [strides[k] for k in order[depth:]])
+        count = math.prod(sizes[k] for k in order[:depth])
+        cost = count * (_SIEVE_RUN_BYTES + extent * itemsize)
+        if cost < lowest and count * extent <= _SIEVE_WASTE * total:
+            best, lowest = depth, cost
+    return best
+
+
 def _run_offsets(order: Sequence[int], run_axes: int, sizes: Shape, strides: Shape) -> list[int]:
     outer = order[: len(order) - run_axes]
     return [
         sum(i * strides[k] for i, k in zip(index, outer, strict=True))
         for index in itertools.product(*(range(sizes[k]) for k in outer))
     ]
-
-
-def _inverse(order: Sequence[int]) -> list[int]:
-    inverse = [0] * len(order)
-    for position, axis in enumerate(order):
-        inverse[axis] = position
-    return inverse

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardway.families.layout import layout_of
-from shardway.formats.huggingface import HuggingFaceCheckpoint, read_companions
+from shardway.formats.huggingface import CONFIG_FILE, HuggingFaceCheckpoint, read_companions
 from shardway.formats.record import read_record
+from shardway.plans.imports import HF_FOLDER
 from shardway.plans.matching import is_training_state
 from shardway.run.engine import parse_workers
+from shardway.run.source import Snapshot, unchanged
 from shardway.verification.digests import tensor_digests
 from shardway.verification.opening import Checkpoint, in_whole_bytes, open_checkpoint
 
@@ -105,9 +107,11 @@ def inspect(
         ShardwayError: When it can't be read or is damaged; all problems together.
     """
     num_workers = parse_workers(workers)
+    snapshot = Snapshot(Path(path))
     checkpoint = open_checkpoint(Path(path))
     catalog = checkpoint.catalog
-    digests = tensor_digests(in_whole_bytes(catalog), num_workers, progress) if digest else {}
+    with unchanged(snapshot.reading(catalog)):
+        digests = tensor_digests(in_whole_bytes(catalog), num_workers, progress) if digest else {}
     tensors = {
         name: TensorReport(
             shape=tensor.shape, dtype=tensor.dtype.name, num_chunks=len(tensor.chunks), sha256=digests.get(name)
@@ -143,7 +147,7 @@ def _particulars(checkpoint: Checkpoint) -> dict[str, Any]:
         }
     record = read_record(checkpoint.root)
     architecture = record.architecture if record else None
-    if architecture is None and checkpoint.hf_dir is not None:
+    if architecture is None and checkpoint.hf_dir is not None and f"{HF_FOLDER}/{CONFIG_FILE}" in checkpoint.files:
         architecture = _architecture(read_companions(checkpoint.hf_dir)[0])
     keys = (*checkpoint.metadata.tensors, *checkpoint.metadata.objects)
     return {

@@ -1,11 +1,9 @@
-"""Verifying that two checkpoints, of any kinds, hold the same tensors bit for bit."""
+"""Verifying that two checkpoints of any kinds hold the same tensors, or that one is as it was recorded: bit for bit."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,12 +16,16 @@ from shardway.formats.record import read_record
 from shardway.plans.model import Direction, Plan
 from shardway.plans.streams import build_streams
 from shardway.run.engine import parse_workers
+from shardway.run.source import Snapshot, unchanged
 from shardway.verification.compare import compare_streams
+from shardway.verification.integrity import check_recorded
 from shardway.verification.opening import Checkpoint, in_whole_bytes, open_checkpoint
+from shardway.verification.report import Difference, VerifyReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from shardway.core.errors import Problem
     from shardway.core.tensors import Catalog, Shape, StoredTensor
     from shardway.families.mapping import ModelMapping
     from shardway.formats.record import ChunkDigests
@@ -33,59 +35,9 @@ if TYPE_CHECKING:
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
-    """One way in which two checkpoints differ.
-
-    Attributes:
-        tensor: Name of the tensor: as Hugging Face calls it where one side is of that kind.
-        kind: ``missing`` (from one side), ``shape``, ``dtype``, ``values`` or ``damaged`` (not what was recorded).
-        detail: What was found on either side.
-        first_index: For values: index of the first differing element in row-major order.
-        num_elements: For values: how many elements differ in their bits.
-        max_abs: For values: largest absolute difference; NaN where one of two differing values is NaN.
-    """
-
-    tensor: str
-    kind: str
-    detail: str
-    first_index: tuple[int, ...] | None = None
-    num_elements: int | None = None
-    max_abs: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VerifyReport:
-    """What a verification found.
-
-    Attributes:
-        a: The first checkpoint.
-        b: The second checkpoint.
-        equal: Whether every tensor is there on both sides, bit for bit the same.
-        num_tensors: Tensors that were compared.
-        num_bytes: Bytes of tensors that were compared.
-        num_digests: Chunks whose recorded digest was checked.
-        differences: Everything that differs, by tensor name.
-        seconds: Wall-clock time.
-    """
-
-    a: str
-    b: str
-    equal: bool
-    num_tensors: int
-    num_bytes: int
-    num_digests: int
-    differences: tuple[Difference, ...]
-    seconds: float
-
-    def to_dict(self) -> dict[str, object]:
-        """The report as JSON-ready data."""
-        return dataclasses.asdict(self)
-
-
 def verify(
     a: str | Path,
-    b: str | Path,
+    b: str | Path | None = None,
     *,
     workers: int | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -95,9 +47,12 @@ def verify(
     Both are only read. Names, layouts and chunking are translated, training state is left aside, and digests that a
     Megatron checkpoint records are checked on the way.
 
+    One Megatron checkpoint alone is held against its own record (``shardway.json``): every bit of every file that
+    shardway wrote is checked.
+
     Args:
         a: A Hugging Face directory, or the root or an iteration folder of a Megatron checkpoint.
-        b: Likewise.
+        b: Likewise; None to hold the first one against its own record.
         workers: Threads; by default one per processor, at most 16.
         progress: Called from the worker threads, one call at a time.
 
@@ -105,16 +60,20 @@ def verify(
         What was compared, and every difference.
 
     Raises:
-        ShardwayError: When one of them can't be read, or its architecture is unknown and has to be translated.
+        ShardwayError: When one of them can't be read, its architecture is unknown and has to be translated, or its
+            files were changed meanwhile; `record-missing` when there is only one and nothing was recorded about it.
     """
     began = time.perf_counter()
     num_workers = parse_workers(workers)
-    pair = _pair(open_checkpoint(Path(a)), open_checkpoint(Path(b)))
-    values, damaged = compare_streams(pair.plan, num_workers, progress, pair.digests)
+    if b is None:
+        return _verify_alone(Path(a), began, num_workers, progress)
+    snapshots = Snapshot(Path(a)), Snapshot(Path(b))
+    opened = open_checkpoint(Path(a)), open_checkpoint(Path(b))
+    pair = _pair(*opened)
+    with unchanged(*(each.reading(checkpoint.catalog) for each, checkpoint in zip(snapshots, opened, strict=True))):
+        values, damaged = compare_streams(pair.plan, num_workers, progress, pair.digests)
     differences = list(pair.differences)
-    differences += [
-        Difference(tensor=problem.tensor or "", kind="damaged", detail="; ".join(problem.facts)) for problem in damaged
-    ]
+    differences += map(_damage, damaged)
     mistyped = {difference.tensor for difference in differences if difference.kind == "dtype"}
     differences += [
         Difference(
@@ -139,6 +98,28 @@ def verify(
         differences=tuple(differences),
         seconds=time.perf_counter() - began,
     )
+
+
+def _verify_alone(
+    path: Path, began: float, num_workers: int, progress: Callable[[Progress], None] | None
+) -> VerifyReport:
+    found = check_recorded(path, num_workers, progress)
+    return VerifyReport(
+        a=str(path),
+        b=None,
+        equal=not found.problems,
+        num_tensors=found.num_tensors,
+        num_bytes=found.num_bytes,
+        num_digests=found.num_digests,
+        differences=tuple(map(_damage, found.problems)),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _damage(problem: Problem) -> Difference:
+    detail = "; ".join((problem.what, *problem.facts))
+    file = None if problem.file is None else str(problem.file)
+    return Difference(tensor=problem.tensor or "", kind="damaged", detail=detail, file=file)
 
 
 class _Pair(NamedTuple):

@@ -199,3 +199,23 @@ def test_numbers_and_tables() -> None:
     assert (
         table(("name", "n", "empty"), [("a", "1", ""), ("bcd", "1,000", "")]) == "name      n\na         1\nbcd   1,000"
     )
+
+
+def test_verify_of_one_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["import", str(LLAMA), str(tmp_path / "m"), "--quiet"]) == 0
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "m")]) == 0
+    assert capsys.readouterr().out.startswith("undamaged: 9 tensors, ")
+    path = tmp_path / "m/iter_0000000/__0_0.distcp"
+    data = path.read_bytes()
+    path.write_bytes(data[:1000] + bytes((data[1000] ^ 4,)) + data[1001:])
+    assert main(["verify", str(tmp_path / "m")]) == 1
+    out = capsys.readouterr().out
+    assert "damaged" in out
+    assert str(path) in out
+    assert out.endswith("damaged: 1 place not as recorded\n")
+    assert main(["verify", str(tmp_path / "m"), "--json"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert (document["equal"], document["b"], document["differences"][0]["file"]) == (False, None, str(path))
+    assert main(["verify", str(LLAMA)]) == 1
+    assert "record-missing" in capsys.readouterr().err

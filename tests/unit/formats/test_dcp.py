@@ -137,6 +137,21 @@ def test_what_newer_and_older_megatron_add() -> None:
     assert read_metadata(pickle.dumps(saved), "f").tensors == TENSORS
 
 
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_enums_as_python_3_11_0_to_3_11_3_pickle_them(protocol: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those versions of Enum.__reduce_ex__ returned ``getattr, (self.__class__, self._name_)``."""
+    for enum in (metadata._MEM_FORMAT_ENCODING, planner.WriteItemType):
+        monkeypatch.setattr(enum, "__reduce_ex__", lambda self, _: (getattr, (self.__class__, self._name_)))
+    saved = torch_metadata(TENSORS, OBJECTS)
+    items = [planner.WriteItem(metadata.MetadataIndex("a"), planner.WriteItemType.BYTE_IO, planner.BytesIOWriteData(5))]
+    saved.all_local_plans = [planner.SavePlan(items, None, None)]
+    data = pickle.dumps(saved, protocol)
+    assert data.count(b"getattr") == 1
+    assert b"BYTE_IO" in data
+    assert b"TORCH_CONTIGUOUS_FORMAT" in data
+    assert read_metadata(data, "f") == DcpMetadata(tensors=TENSORS, objects=OBJECTS, version="1.0.0")
+
+
 @pytest.mark.parametrize("name", FIXTURES)
 def test_fixtures(name: str, shared_fixtures: Path) -> None:
     path = shared_fixtures / name / "iter_0000000" / ".metadata"

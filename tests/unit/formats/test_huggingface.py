@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from shardway.core.dtypes import DType, dtype_of_torch
 from shardway.core.errors import Code, Problem, ShardwayError
-from shardway.formats.huggingface import SmallFile, open_huggingface
+from shardway.formats.huggingface import SmallFile, open_huggingface, read_companions
 from shardway.formats.safetensors import lay_out
 from shardway.formats.sharding import index_json, shard_tensors
 
@@ -246,8 +246,8 @@ def test_index_invalid(root: Path, content: str, said: str) -> None:
 
 
 def test_index_too_big(sharded: Path) -> None:
-    os.truncate(sharded / INDEX, 200_000_001)
-    only_problem(sharded, Code.INDEX_INVALID, "200000001 bytes; at most 200000000")
+    os.truncate(sharded / INDEX, 2**26 + 1)
+    only_problem(sharded, Code.INDEX_INVALID, "67108865 bytes; at most 67108864")
 
 
 @pytest.mark.parametrize(
@@ -318,6 +318,18 @@ def test_snapshot_of_the_hub_cache(tmp_path: Path) -> None:
     found = open_huggingface(snapshot)
     assert found.catalog.tensors["a"].chunks[0].file == "model.safetensors"
     assert found.small_files == (SmallFile(name="config.json", num_bytes=23),)
+
+
+def test_small_files_behind_links(sharded: Path, tmp_path: Path) -> None:
+    (sharded / "LICENSE").write_text("free")
+    (sharded / "COPYING").symlink_to("LICENSE")
+    assert {"LICENSE", "COPYING"} < {file.name for file in open_huggingface(sharded).small_files}
+    (tmp_path / "private").write_text("a key")
+    (sharded / "NOTICE").symlink_to(tmp_path / "private")
+    problem = only_problem(sharded, Code.PATH_ESCAPES, "NOTICE is a link to", "private")
+    assert problem.file == sharded / "NOTICE"
+    with pytest.raises(ShardwayError, match="path-escapes"):
+        read_companions(sharded)
 
 
 @pytest.mark.parametrize("name", ["config.json", ONE, INDEX, "tokenizer.json"])

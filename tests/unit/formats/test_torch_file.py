@@ -441,6 +441,21 @@ def test_what_megatrons_arguments_hold() -> None:
     assert state["partial"].type_name == "functools.partial"
 
 
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_enums_as_python_3_11_0_to_3_11_3_pickle_them(protocol: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those versions of Enum.__reduce_ex__ returned ``getattr, (self.__class__, self._name_)``."""
+    enums = pytest.importorskip("megatron.core.transformer.enums")
+    monkeypatch.setattr(enums.AttnBackend, "__reduce_ex__", lambda self, _: (getattr, (self.__class__, self._name_)))
+    stream = io.BytesIO()
+    torch.save({"backend": enums.AttnBackend.flash}, stream, pickle_protocol=protocol)
+    assert b"getattr" in stream.getvalue()
+    found: Any = read(stream.getvalue())
+    assert (found["backend"].type_name, found["backend"].args) == (
+        "megatron.core.transformer.enums.AttnBackend",
+        ("flash",),
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
 def test_items(dtype: DType) -> None:
     tensor = some_tensor(dtype, (3,))[1]

@@ -9,11 +9,12 @@ import pytest
 from shardway.core.dtypes import BFLOAT16, FLOAT32, DType
 from shardway.core.errors import Code, ShardwayError
 from shardway.formats.dcp import DcpChunk, DcpLocation, read_metadata
-from shardway.formats.record import Record
+from shardway.formats.record import FileDigest, Record
 from shardway.formats.saved_objects import read_torch_bytes
 from shardway.live.assemble import assemble
 from shardway.live.records import Shard
 from shardway.live.written import WriterResult, WrittenFile, WrittenObject, WrittenShard
+from shardway.verification.recording import digest_bytes
 
 CONTENT: dict[str, object] = {"singleton_local_shards": False}
 
@@ -35,7 +36,7 @@ def written(
 def result(rank: int, *shards: WrittenShard, objects: tuple[str, ...] = ()) -> WriterResult:
     name = f"__{rank}_0.distcp"
     places = tuple(WrittenObject(key, DcpLocation(name, 0, 9)) for key in objects)
-    return WriterResult(rank=rank, files=(WrittenFile(name, 5000 + rank),), shards=shards, objects=places)
+    return WriterResult(rank=rank, files=(WrittenFile(name, 5000 + rank, "a" * 32),), shards=shards, objects=places)
 
 
 def halves() -> list[WriterResult]:
@@ -77,8 +78,13 @@ def test_the_order_of_the_ranks_does_not_matter() -> None:
 
 def test_the_record_gets_the_digests() -> None:
     record = Record(written_by="x", family="", architecture="", source="", options={})
-    assembly = assemble(halves(), iteration=0, content_metadata=CONTENT, record=record)
-    assert assembly.small_files["shardway.json"] == record.with_digests(assembly.digests).to_json()
+    companions = {"hf/config.json": b"{}"}
+    assembly = assemble(halves(), iteration=0, content_metadata=CONTENT, record=record, companions=companions)
+    small_files = dict(assembly.small_files)
+    written_record = small_files.pop("shardway.json")
+    files = {name: FileDigest(5000 + rank, "a" * 32) for rank, name in enumerate(assembly.files)}
+    files |= {name: digest_bytes(contents) for name, contents in (small_files | companions).items()}
+    assert written_record == record.with_digests(assembly.digests, files).to_json()
 
 
 def test_what_must_be_there() -> None:

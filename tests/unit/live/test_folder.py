@@ -21,7 +21,7 @@ from tests.oracle import read_torch_dist
 from shardway.core.dtypes import FLOAT32
 from shardway.core.errors import Code, ShardwayError
 from shardway.formats.torch_dist import extra_state
-from shardway.live import assemble, shared_staging
+from shardway.live import assemble
 from shardway.live import folder as module
 from shardway.live.folder import IterationFolder
 from shardway.live.records import ObjectShard, Shard
@@ -115,7 +115,7 @@ def hooked(hook: Callable[[], None]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("rename", "unlink", "rmdir", "replace"):
             patch.setattr(os, name, calling(getattr(os, name)))
-        patch.setattr(shared_staging, "exchange", calling(publish.exchange, after=True))
+        patch.setattr(publish, "exchange", calling(publish.exchange, after=True))
         yield
 
 

@@ -72,7 +72,7 @@ def check(result: WriterResult, folder: Path, tensors: dict[str, torch.Tensor]) 
         if len(data) >= 64:
             assert (location.offset + blob.index(data)) % 64 == 0
         spans.setdefault(location.file, []).append((location.offset, location.length))
-    sizes = dict(result.files)
+    sizes = {file.name: file.num_bytes for file in result.files}
     for key, location in result.objects:
         assert location.offset + location.length <= sizes[location.file], key
     for name, found in spans.items():
@@ -97,7 +97,7 @@ def test_torch_reads_what_was_written(num_files: int, tmp_path: Path) -> None:
     state = state_of(tensors, {"a": b"object", "b": b"other", "c": b"object"})
     result = write_all(state, tmp_path, num_files=num_files)
     check(result, tmp_path, {key: tensor.detach().resolve_conj() for key, tensor in tensors.items()})
-    assert [name for name, _ in result.files] == [f"__0_{number}.distcp" for number in range(num_files)]
+    assert [file.name for file in result.files] == [f"__0_{number}.distcp" for number in range(num_files)]
     places = dict(result.objects)
     assert places["a"] == places["c"] != places["b"]
     for key, data in (("a", b"object"), ("b", b"other")):
@@ -122,7 +122,7 @@ def test_tensors_larger_than_a_buffer(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_the_bytes_are_spread_evenly(tmp_path: Path) -> None:
     tensors = {f"t{number}": torch.zeros(1000 * (number + 1)) for number in range(9)}
-    sizes = [num_bytes for _, num_bytes in write_all(state_of(tensors), tmp_path, num_files=3).files]
+    sizes = [file.num_bytes for file in write_all(state_of(tensors), tmp_path, num_files=3).files]
     assert max(sizes) < 1.1 * sum(sizes) / 3
 
 
@@ -139,7 +139,7 @@ def test_objects_alone_and_a_second_turn(tmp_path: Path) -> None:
     second = write_shards(
         state, state.shards, [], tmp_path, rank=3, on_progress=lambda _: None, fsync=True, first_file=2
     )
-    assert [name for name, _ in first.files + second.files] == ["__3_0.distcp", "__3_2.distcp"]
+    assert [file.name for file in first.files + second.files] == ["__3_0.distcp", "__3_2.distcp"]
     assert (tmp_path / "__3_0.distcp").read_bytes() == b"x"
 
 

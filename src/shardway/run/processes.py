@@ -34,6 +34,14 @@ def is_dead(process: str) -> bool:
     return state in "ZX" or began != rest
 
 
+def is_here(process: str) -> bool:
+    """Whether the process that called itself so is known to be alive, on this machine."""
+    try:
+        return bool(process) and process.startswith(f"{_machine()}:") and not is_dead(process)
+    except OSError:
+        return False
+
+
 def began_at() -> float:
     """When this process began, in seconds since 1970; 0 where that can't be known."""
     try:

@@ -1,0 +1,75 @@
+"""Digests of everything in a checkpoint that is no tensor's element, as they go into its record."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import xxhash
+
+from shardway.formats.record import FileDigest
+from shardway.plans.streams import frame
+from shardway.run.files import failing
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from shardway.plans.model import Plan
+
+_STEP_BYTES = 2**20
+
+
+def digest_files(plan: Plan, written: Path) -> dict[str, FileDigest]:
+    """What the record of an import says about the files that it wrote.
+
+    The frames of the chunks are taken from the plan, so that a frame that was written otherwise will be found; only the
+    files that were copied are read.
+
+    Args:
+        plan: The import that was executed.
+        written: Where its files are now.
+
+    Raises:
+        ShardwayError: `io-failed`.
+    """
+    return {
+        **_digest_targets(plan),
+        **{name: digest_bytes(contents) for name, contents in plan.small_files.items()},
+        **{name: _digest_file(written / name) for name, _ in plan.copied_files},
+    }
+
+
+def digest_bytes(contents: bytes) -> FileDigest:
+    """What a record says about a file that holds no chunks."""
+    return FileDigest(len(contents), xxhash.xxh3_128_hexdigest(contents))
+
+
+def _digest_file(path: Path) -> FileDigest:
+    hasher = xxhash.xxh3_128()
+    num_bytes = 0
+    with failing("read", path), path.open("rb", buffering=0) as file:
+        while data := file.read(_STEP_BYTES):
+            hasher.update(data)
+            num_bytes += len(data)
+    return FileDigest(num_bytes, hasher.hexdigest())
+
+
+def _digest_targets(plan: Plan) -> Mapping[str, FileDigest]:
+    hashers = {target.name: xxhash.xxh3_128() for target in plan.targets}
+    literals = {target.name: list(target.literals) for target in plan.targets}
+    blobs = (
+        (chunk.file, at, number, stream)
+        for stream in plan.streams
+        for number, (chunk, at) in enumerate(zip(stream.chunks, stream.blob_offsets, strict=True))
+    )
+    for file, at, number, stream in sorted(blobs, key=lambda blob: blob[:2]):
+        hasher, waiting = hashers[file], literals[file]
+        while waiting and waiting[0][0] < at:
+            hasher.update(waiting.pop(0)[1])
+        head, tail, _ = frame(stream, number)
+        hasher.update(head)
+        hasher.update(tail)
+    for name, waiting in literals.items():
+        for _, literal in waiting:
+            hashers[name].update(literal)
+    return {target.name: FileDigest(target.num_bytes, hashers[target.name].hexdigest()) for target in plan.targets}

@@ -1,0 +1,1 @@
+"""Fuzzing of everything that reads bytes which nobody has to trust; ``python -m tests.fuzz --help``."""
