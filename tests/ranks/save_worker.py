@@ -37,6 +37,9 @@ def _serve() -> None:
     from tests.ranks import live_worker  # noqa: F401
 
     import shardway.bridge.auto
+    import shardway.live.building
+    import shardway.live.export
+    import shardway.live.load
     import shardway.live.megatron
     import shardway.live.save  # noqa: F401
 
@@ -106,6 +109,7 @@ def _take_part(world: Mapping[str, Any], rank: int, listener: Any) -> None:
     import datetime as dt
 
     import torch.distributed
+    from tests.ranks import load_tasks
     from tests.ranks.live_worker import _parallel
 
     dist: Any = torch.distributed
@@ -128,7 +132,8 @@ def _take_part(world: Mapping[str, Any], rank: int, listener: Any) -> None:
             me.model = _model(shape, world["source"])
         for number, task in enumerate(world["tasks"]):
             began = time.monotonic()
-            outcome = globals()[task["do"]](me, **{name: value for name, value in task.items() if name != "do"})
+            do = globals().get(task["do"]) or getattr(load_tasks, task["do"])
+            outcome = do(me, **{name: value for name, value in task.items() if name != "do"})
             if outcome is not None:
                 answer = dataclasses.asdict(outcome) | {"seconds": time.monotonic() - began}
                 (folder / f"{number}.{rank}.json").write_text(json.dumps(answer, default=str))

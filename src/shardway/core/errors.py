@@ -67,6 +67,8 @@ class Code(enum.StrEnum):
     SAVE_RANK_FAILED = "save-rank-failed"
     SAVE_RANK_LOST = "save-rank-lost"
     STORE_FAILED = "store-failed"
+    # Live exports
+    GATHER_FAILED = "gather-failed"
     # While running
     IO_FAILED = "io-failed"
     SOURCE_CHANGED = "source-changed"

@@ -169,5 +169,6 @@ def _place(buffer: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    array: npt.NDArray[np.uint8] = tensor.reshape(-1).view(torch.uint8).numpy()
+    flat = tensor.as_strided((tensor.numel(),), (1,))  # an axis of extent 1 may have any stride
+    array: npt.NDArray[np.uint8] = flat.view(torch.uint8).numpy()
     return array.data

@@ -233,8 +233,8 @@ def save_megatron_model(
         made=made,
     )
     job = _Job(
-        store=_meeting_place(store, root),
-        token=_job_id() if store == "file" else "",
+        store=meeting_place(store, root),
+        token=job_id() if store == "file" else "",
         options=SaveOptions(
             fully_parallel=config.fully_parallel_save,
             validate=config.validate_access_integrity,
@@ -341,12 +341,13 @@ def _agreement(config: CheckpointConfig, mapping: ModelMapping | None, state: Li
     return said
 
 
-def _job_id() -> str:
+def job_id() -> str:
     """What tells this job from earlier ones with the same file store, by what its launcher says to every rank alike."""
     return ":".join(os.environ.get(name, "") for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "RAY_JOB_ID"))
 
 
-def _meeting_place(store: StoreLike | Literal["file"] | None, root: Path) -> StoreLike | None:
+def meeting_place(store: StoreLike | Literal["file"] | None, root: Path) -> StoreLike | None:
+    """The store in which the ranks of a save meet; None where this process is alone."""
     if store == "file":
         with failing("create directory", root, Code.DESTINATION_UNWRITABLE):
             root.mkdir(parents=True, exist_ok=True)

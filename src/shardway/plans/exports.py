@@ -85,7 +85,7 @@ def plan_export(
         else:
             dtypes[name] = dtype_of_torch(narrowed[name]) if name in narrowed else stored
     wanted = [(name, dtypes[name], shape) for name, shape in mapping.hf.items()]
-    shards = shard_tensors(wanted, options.max_shard_bytes or _shard_bytes(wanted))
+    shards = shard_tensors(wanted, options.max_shard_bytes or default_shard_bytes(wanted))
     tensors: dict[str, StoredTensor] = {}
     targets = []
     for shard in shards:
@@ -111,7 +111,7 @@ def plan_export(
     )
 
 
-def _shard_bytes(tensors: list[tuple[str, DType, Shape]]) -> int:
+def default_shard_bytes(tensors: list[tuple[str, DType, Shape]]) -> int:
     """The default limit of a shard: a few files that threads can write side by side, none too large to handle."""
     total = sum(dtype.num_bytes(math.prod(shape)) for _, dtype, shape in tensors)
     return min(_LARGEST_SHARD_BYTES, max(_SMALLEST_SHARD_BYTES, -(-total // _SHARDS)))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.megatron import require
+from tests.tiny import Tiny, bits, read_safetensors, same
 
 import shardway
 from shardway.core.errors import Code, ShardwayError
@@ -212,3 +213,29 @@ def test_options_are_checked(wrong: dict[str, Any], hf: Path, tmp_path: Path) ->
         save()
     assert refused.value.code is Code.OPTION_INVALID
     assert not (tmp_path / "out").exists()
+
+
+def test_values_for_keys_of_the_config(saved: list[dict[str, Any]], hf: Path, tmp_path: Path) -> None:
+    """As transformers takes them; its other arguments mean nothing here."""
+    changed = shardway.AutoBridge.from_hf_pretrained(hf, trust_remote_code=True, rms_norm_eps=0.5, torch_dtype="auto")
+    plain = shardway.AutoBridge.from_hf_pretrained(hf)
+    assert changed.config == {**plain.config, "rms_norm_eps": 0.5}
+    model: Any = object()
+    changed.save_megatron_model(model, tmp_path)
+    contents = saved[0]["companions"].files["config.json"]
+    assert json.loads(contents) == changed.config
+
+
+def test_files_are_converted_without_torch(tmp_path: Path) -> None:
+    tiny = Tiny()
+    bridge = shardway.AutoBridge.from_hf_pretrained(tiny.write(tmp_path / "hf"))
+    imported = bridge.import_ckpt(tmp_path / "megatron", fsync=False, layout="per-layer")
+    assert imported.layout == "per-layer"
+    exported = bridge.export_ckpt(tmp_path / "megatron", tmp_path / "out", fsync=False)
+    assert exported.num_tensors == imported.num_tensors
+    assert same(bits(read_safetensors(tmp_path / "out").items()), tiny.weights())
+    alone = shardway.AutoBridge.from_hf_config(tiny.config)
+    with pytest.raises(ShardwayError) as refused:
+        alone.import_ckpt(tmp_path / "nowhere")
+    assert refused.value.code is Code.NOT_A_CHECKPOINT
+    assert "from a config alone" in str(refused.value)

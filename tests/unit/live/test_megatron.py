@@ -212,3 +212,64 @@ def test_dtensors_that_megatron_would_gather_are_refused() -> None:
         megatron_state(model)
     assert [problem.tensor for problem in caught.value.problems] == ["odd"]
     assert not model.asked
+
+
+def test_memory_of_what_is_described_as_it_is() -> None:
+    """Views of the model's own memory, and tied tensors twice: both have to be filled."""
+    weight = torch.nn.Parameter(torch.zeros(4, 2))
+    tied = torch.nn.Parameter(torch.zeros(4, 2))
+    described = {
+        "w": mapping.ShardedTensor.from_rank_offsets("w", weight, replica_id=0, allow_shape_mismatch=True),
+        "tied": mapping.ShardedTensor.from_rank_offsets("w", tied, replica_id=(1, 0, 0), allow_shape_mismatch=True),
+        "state": mapping.ShardedObject("m._extra_state", None, (1,), (0,)),
+    }
+    memory = megatron.megatron_memory(Model(described, Config(num_layers=7)))
+    assert [target.shard.key for target in memory.targets] == ["w", "w"]
+    assert [target.tensor.data_ptr() for target in memory.targets if target.tensor is not None] == [
+        weight.data_ptr(),
+        tied.data_ptr(),
+    ]
+    assert memory.resizable == {"w"}
+    assert memory.num_layers == 7
+    assert memory.num_bytes == 64
+
+
+def test_a_factory_that_copies_is_written_back() -> None:
+    """As megatron-core's grouped experts do it, whose matrices lie transposed."""
+    weight = torch.nn.Parameter(torch.zeros(3, 4))
+
+    def build(key: str, tensor: torch.Tensor, replica_id: Any, _: Any) -> Any:
+        turned = tensor.t().contiguous()
+        return [
+            mapping.ShardedTensor.from_rank_offsets(key, part.contiguous(), (0, place, 2), replica_id=replica_id)
+            for place, part in enumerate(torch.chunk(turned, 2))
+        ]
+
+    def merge(parts: Any) -> torch.Tensor:
+        return torch.cat(parts).t()
+
+    factory = mapping.ShardedTensorFactory("w", weight, build, merge, replica_id=0)
+    memory = megatron.megatron_memory(Model({"w": factory}))
+    assert [target.tensor for target in memory.targets] == [None, None]
+    assert [target.part for target in memory.targets] == [0, 1]
+    first, second = memory.targets
+    assert first.deferred is second.deferred
+    assert first.deferred is not None
+    values = torch.arange(12.0).reshape(4, 3)
+    first.deferred.store([values[:2], values[2:]])
+    assert torch.equal(weight.detach(), values.t())
+
+
+def test_extra_states_by_their_keys() -> None:
+    class Module(torch.nn.Module):
+        def set_extra_state(self, state: object) -> None:
+            self.state = state
+
+    model = Model({"deep.inner._extra_state": mapping.ShardedObject("decoder.inner._extra_state", None, (2,), (1,))})
+    inner = Module()
+    model.deep = torch.nn.Module()
+    model.deep.inner = inner
+    (key,) = (setters := megatron.extra_states(model))
+    assert key == "decoder.inner._extra_state/shard_1_2"
+    setters[key]("state")
+    assert inner.state == "state"
