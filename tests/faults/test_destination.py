@@ -508,7 +508,6 @@ class TestFailuresWhileRunning:
         with pytest.raises(error):
             convert()
         assert listing(tmp_path) == before
-        assert not [thread for thread in threading.enumerate() if thread.name.startswith("shardway-")]
 
     def test_the_progress_callback_raises(self, convert: Callable[..., object], tmp_path: Path) -> None:
         class StoppedError(Exception):
@@ -693,5 +692,8 @@ def test_the_record_names_what_was_done(mcore: Path, hf: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_thread_outlives_a_test() -> Iterator[None]:
+    before = set(threading.enumerate())
     yield
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("shardway-")]
+    assert not [
+        thread for thread in threading.enumerate() if thread.name.startswith("shardway-") and thread not in before
+    ]

@@ -356,5 +356,8 @@ def test_the_command_line_says_who_is_waited_for(capsys: pytest.CaptureFixture[s
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left_over() -> Iterator[None]:
+    before = set(threading.enumerate())
     yield
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("shardway-")]
+    assert not [
+        thread for thread in threading.enumerate() if thread.name.startswith("shardway-") and thread not in before
+    ]

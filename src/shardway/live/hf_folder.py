@@ -26,7 +26,8 @@ from shardway.live.saving import Superseded
 from shardway.live.written import WriterResult, WrittenFile, WrittenShard
 from shardway.plans.chunking import split_box
 from shardway.run.files import Files, failing
-from shardway.run.publish import SharedStaging, in_the_way, is_unsettled
+from shardway.run.places import in_the_way, is_unsettled
+from shardway.run.publish import SharedStaging
 from shardway.run.strided import scatter
 
 if TYPE_CHECKING:
