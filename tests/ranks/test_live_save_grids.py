@@ -87,4 +87,8 @@ def test_known_families_export_bit_by_bit(fleet: Fleet, known: Callable[[str], K
     for ran in fleet.run(*worlds):
         same_report(ran.of(0))
     for name, _, _ in cases:
+        ours, imported = (root / "iter_0000000" for root in (tmp_path / name, known(name).imported))
+        assert (ours / "run_config.yaml").read_bytes() == (imported / "run_config.yaml").read_bytes()
+        assert {path.name for path in (ours / "tokenizer").iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
+        assert shardway.verify(ours).equal
         known(name).check(fleet, {tmp_path / name / "iter_0000000": 1})

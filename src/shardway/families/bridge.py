@@ -25,6 +25,9 @@ ACTIVATIONS = {
 BLOCK_SPEC = "megatron.core.models.gpt.gpt_layer_specs.get_gpt_decoder_block_spec"
 MLA = "megatron.bridge.models.mla_provider.MLAModelProvider"
 
+# Types of parameters that Megatron trains in.
+TRAINED_IN = ("bfloat16", "float16", "float32")
+
 _CONFIG = "megatron.bridge.training.config"
 # Fields that 0.3.1 has no place for.
 _SINCE_0_3 = ("yarn_", "mtp_hybrid_override_pattern", "mtp_use_repeated_layer")

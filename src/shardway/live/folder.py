@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from shardway.core.dtypes import BFLOAT16
 from shardway.core.errors import Code, Problem, ShardwayError
+from shardway.formats.huggingface import is_tokenizer_file
 from shardway.formats.iterations import iteration_folder
+from shardway.formats.run_config import RUN_CONFIG
 from shardway.live.assemble import assemble
 from shardway.live.writer import write_shards
-from shardway.plans.imports import HF_FOLDER
+from shardway.plans.imports import HF_FOLDER, TOKENIZER_FOLDER
 from shardway.run.destination import holds_checkpoint, in_the_way, publish_tracker, refuse_older
 from shardway.run.files import failing, sync_directory
 from shardway.run.places import is_unsettled
@@ -44,6 +46,8 @@ class IterationFolder:
         tensors: Dtype (None: any) and shape of the tensors that must be there, where they are known.
         record: What `shardway.json` will say; None for none.
         companions: Paths of the files that go into ``hf/``, by name.
+        run_config: Content of run_config.yaml, by which Megatron Bridge takes the checkpoint as its own; the tokenizer
+            is then put beside it. None for none.
         replace: Whether an iteration folder that is there already gives way.
         writers: Files, and threads, with which this rank writes.
         sync: Force everything to the device before it is published.
@@ -63,6 +67,7 @@ class IterationFolder:
     writers: int
     sync: bool
     made: tuple[Path, ...] = ()
+    run_config: bytes | None = None
     _pulses: dict[str, Pulse | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -187,14 +192,18 @@ class IterationFolder:
             self._pulses[staging] = self._staging(staging).show_life()
 
     def _read_companions(self) -> dict[str, bytes]:
-        """Contents of the files that go into ``hf/``, by their names in the iteration folder."""
-        found = {}
+        """Contents of the files of the Hugging Face model and of its config, by their names in the iteration folder."""
+        found: dict[str, bytes] = {}
         for name, source in self.companions.items():
             if isinstance(source, bytes):
                 found[f"{HF_FOLDER}/{name}"] = source
             else:
                 with failing("read a file for the hf folder", source):
                     found[f"{HF_FOLDER}/{name}"] = source.read_bytes()
+        if self.run_config is not None:
+            tokenizer = filter(is_tokenizer_file, self.companions)
+            found |= {f"{TOKENIZER_FOLDER}/{name}": found[f"{HF_FOLDER}/{name}"] for name in tokenizer}
+            found[RUN_CONFIG] = self.run_config
         return found
 
     def _kinds(self, results: Sequence[WriterResult]) -> Mapping[str, tuple[DType, Shape]]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -15,15 +17,18 @@ import torch.distributed as dist
 
 from shardway import __version__
 from shardway.core.errors import Code, Problem, ShardwayError
+from shardway.families.bridge import TRAINED_IN, run_config
 from shardway.families.config import HFConfig
 from shardway.families.layout import Layout
 from shardway.families.mapping import map_model
 from shardway.formats.record import Record
+from shardway.formats.run_config import run_config_yaml
 from shardway.live.blocks import synchronise
 from shardway.live.dtensor import dtensor_state
 from shardway.live.folder import IterationFolder
 from shardway.live.rendezvous import save_together
 from shardway.live.saving import Needed, SaveIdentity, SaveOptions
+from shardway.plans.imports import TOKENIZER_FOLDER
 from shardway.run.files import failing
 from shardway.run.places import live_staging_name
 
@@ -231,6 +236,7 @@ def save_megatron_model(
         writers=config.writers_per_rank,
         sync=config.fsync,
         made=made,
+        run_config=None if mapping is None else _run_config(mapping, state),
     )
     job = _Job(
         store=meeting_place(store, root),
@@ -330,6 +336,16 @@ def _record(mapping: ModelMapping | None, config: Mapping[str, object]) -> Recor
         variants=mapping.variants,
         megatron_config=mapping.megatron_config,
     )
+
+
+def _run_config(mapping: ModelMapping, state: LiveState) -> bytes:
+    """run_config.yaml of a model that was not imported: its type is that of most of what this rank holds."""
+    held: Counter[str] = Counter()
+    for shard in state.shards:
+        held[shard.dtype.name] += math.prod(shard.size)
+    (usual, _), *_ = held.most_common(1) or [("", 0)]
+    trained_in = usual if usual in TRAINED_IN else None
+    return run_config_yaml(run_config(mapping, trained_in, TOKENIZER_FOLDER))
 
 
 def _agreement(config: CheckpointConfig, mapping: ModelMapping | None, state: LiveState) -> dict[str, str]:

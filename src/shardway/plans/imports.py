@@ -11,7 +11,7 @@ from shardway.core.collector import collector_paused
 from shardway.core.dtypes import dtype_of_torch
 from shardway.core.errors import Code, Problems
 from shardway.core.tensors import Catalog, Chunk, StoredTensor
-from shardway.families.bridge import BridgeVersion, run_config
+from shardway.families.bridge import TRAINED_IN, BridgeVersion, run_config
 from shardway.families.megatron_lm import args_of
 from shardway.formats.dcp import DcpChunk, DcpLocation, DcpTensor, write_metadata
 from shardway.formats.huggingface import is_tokenizer_file
@@ -131,7 +131,7 @@ def _usual_dtype(tensors: Mapping[str, StoredTensor]) -> str | None:
     for tensor in tensors.values():
         counts[tensor.dtype.name] = counts.get(tensor.dtype.name, 0) + tensor.num_elements
     usual = max(counts, key=lambda name: counts[name], default="")
-    return usual if usual in ("bfloat16", "float16", "float32") else None
+    return usual if usual in TRAINED_IN else None
 
 
 def _args(mapping: ModelMapping, trained_in: str | None, options: ImportOptions) -> dict[str, object]:
