@@ -72,6 +72,8 @@ def _import(chosen: argparse.Namespace) -> int:
             max_file_size=chosen.max_file_size,
             fsync=not chosen.no_fsync,
             verify=chosen.verify,
+            revision=chosen.revision,
+            keep_source=not chosen.no_keep_source,
             progress=progress,
         )
     _print_conversion("imported", report, chosen)

@@ -63,7 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
 
     command = _command(commands, "import", "Hugging Face directory -> Megatron checkpoint")
-    command.add_argument("source", metavar="SRC", help="directory with config.json and *.safetensors")
+    command.add_argument(
+        "source", metavar="SRC", help="directory with config.json and *.safetensors, or org/name on the Hub"
+    )
     command.add_argument("destination", metavar="DST", help="root of the Megatron checkpoint to write")
     _add_dtype(command)
     _add_layout(command)
@@ -89,6 +91,12 @@ def build_parser() -> argparse.ArgumentParser:
     which = command.add_mutually_exclusive_group()
     which.add_argument("--iteration", type=int, default=0, metavar="N", help="number of the iteration (default: 0)")
     which.add_argument("--release", action="store_true", help="write release/ instead of an iteration")
+    _add_revision(command)
+    command.add_argument(
+        "--no-keep-source",
+        action="store_true",
+        help="of what is fetched from the Hub, keep two files at a time and none in the end",
+    )
     _add_running(command)
     command.add_argument("--max-file-size", default="4GiB", metavar="SIZE", help="largest .distcp file (default: 4GiB)")
     _add_output(command)
@@ -168,6 +176,10 @@ def _add_layout(command: argparse.ArgumentParser) -> None:
         default="auto",
         help="layers stacked on a leading axis, or one key each (default: what Megatron expects)",
     )
+
+
+def _add_revision(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--revision", metavar="R", help="branch, tag or commit of a repository on the Hub")
 
 
 def _add_hf(command: argparse.ArgumentParser) -> None:
