@@ -54,6 +54,7 @@ class FakeHub:
         requests: Method, path and Range header of every request, in order.
         break_off: For a file: after how many bytes of its body the connection is cut, once for each entry.
         lies: For a file: what is sent instead of it.
+        header_lies: For a file: what is sent instead of it when its header is asked for.
         refuse: Paths beginning so get this status.
         on_file: Called with a file's name before its body is sent.
     """
@@ -63,16 +64,17 @@ class FakeHub:
         self.requests: list[tuple[str, str, str]] = []
         self.break_off: dict[str, list[int]] = {}
         self.lies: dict[str, bytes] = {}
+        self.header_lies: dict[str, bytes] = {}
         self.refuse: dict[str, int] = {}
         self.on_file: Callable[[str], None] = lambda _: None
         self.objects: dict[str, bytes] = {}
         self.sent: Counter[str] = Counter()
         self.url = ""
 
-    def add(self, name: str, folder: Path, branch: str = "main", **more: bytes) -> str:
+    def add(self, name: str, folder: Path, branch: str = "main", more: dict[str, bytes] | None = None) -> str:
         """Put the files of a directory into a repository; return the commit."""
         files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        return self.repos.setdefault(name, Repo()).commit(files | more, branch)
+        return self.repos.setdefault(name, Repo()).commit(files | (more or {}), branch)
 
     def fetched(self) -> list[str]:
         """The files of which a body was asked for, whole or from some byte on, in order; headers left aside."""
@@ -219,6 +221,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "GET" and not heading:
             self.hub.on_file(path)
             data = self.hub.lies.get(path, data)
+        elif heading:
+            data = self.hub.header_lies.get(path, data)
         if span is not None:
             begin, end = int(span[1]), min(int(span[2] or total - 1), total - 1)
             data = data[begin : end + 1]

@@ -29,7 +29,7 @@ from shardway.formats.huggingface import CONFIG_FILE, survey_huggingface
 from shardway.formats.iterations import TRAIN_STATE
 from shardway.formats.record import RECORD_FILE, Record
 from shardway.formats.torch_dist import iteration_folder
-from shardway.hub.names import is_repository
+from shardway.hub.names import is_repository, refuse_revision
 from shardway.plans.imports import ImportOptions, plan_import, widened
 from shardway.run.destination import Tracker, holds_checkpoint, in_the_way, publish_tracker
 from shardway.run.engine import parse_workers
@@ -139,8 +139,9 @@ def import_hf(
         progress=progress,
     )
     if not is_repository(source):
-        if revision is not None or not keep_source:
-            what = f"{source} is not the name of a repository on the Hub, so it has no revision, and stays where it is"
+        refuse_revision(source, revision)
+        if not keep_source:
+            what = f"{source} is not the name of a repository on the Hub; it stays where it is"
             raise ShardwayError(Problem(code=Code.OPTION_INVALID, what=what))
         return _import(Path(source), None, root, options, _Names(chosen, names), running)
     if verify and not keep_source:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 from shardway.core.errors import Code, Problem, ShardwayError
+from shardway.formats.huggingface import CONFIG_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -107,14 +108,14 @@ def look_up(name: str, revision: str | None) -> Repository:
 
 
 def _look_into_cache(hub: ModuleType, name: str, revision: str) -> Repository:
-    config = hub.try_to_load_from_cache(name, "config.json", revision=revision)
+    config = hub.try_to_load_from_cache(name, CONFIG_FILE, revision=revision)
     if not isinstance(config, str):
         raise ShardwayError(
             Problem(
                 code=Code.HUB_OFFLINE,
                 what=f"{name} at {revision} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it",
                 file=hub.constants.HF_HUB_CACHE,
-                facts=("no config.json of it was found there",),
+                facts=(f"no {CONFIG_FILE} of it was found there",),
                 cure="unset HF_HUB_OFFLINE, or run the command once where there is a network",
             )
         )
@@ -158,6 +159,19 @@ def cached_snapshot(name: str) -> Path | None:
         return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError):
         return None
+
+
+def remember(repository: Repository) -> None:
+    """Let the local cache know which commit the revision is, so that it is found there without a network.
+
+    Raises:
+        ShardwayError: As `download`.
+    """
+    hub = library("the Hub")
+    if repository.offline or repository.revision == repository.sha or CONFIG_FILE not in repository.files:
+        return
+    with speaking(repository.name, repository.revision, f"fetch {CONFIG_FILE} of"):
+        hub.hf_hub_download(repository.name, CONFIG_FILE, revision=repository.revision, tqdm_class=_bar(lambda _: None))
 
 
 def read_range(repository: Repository, file: str, num_bytes: int) -> bytes:
@@ -302,6 +316,17 @@ def _code_and_cure(error: BaseException) -> tuple[Code | None, str | None]:
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def check_reachable() -> None:
+    """Check that something could be uploaded, as far as that is known without asking.
+
+    Raises:
+        ShardwayError: `extra-missing`, `hub-offline`.
+    """
+    if library("--push").constants.HF_HUB_OFFLINE:
+        what = "nothing can be pushed while HF_HUB_OFFLINE is set"
+        raise ShardwayError(Problem(code=Code.HUB_OFFLINE, what=what, cure="unset HF_HUB_OFFLINE"))
 
 
 class Uploaded(NamedTuple):

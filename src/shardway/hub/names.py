@@ -19,6 +19,17 @@ def is_repository(source: str | Path) -> bool:
     return isinstance(source, str) and _NAME.fullmatch(source) is not None and not os.path.lexists(source)
 
 
+def refuse_revision(source: str | Path, revision: str | None) -> None:
+    """Check that nobody asks for a revision of what is no repository.
+
+    Raises:
+        ShardwayError: `option-invalid`.
+    """
+    if revision is not None:
+        what = f"{source} is not the name of a repository on the Hub, so it has no revisions"
+        raise ShardwayError(Problem(code=Code.OPTION_INVALID, what=what))
+
+
 def check_repository(name: str) -> None:
     """Check that something can be the name of a repository.
 

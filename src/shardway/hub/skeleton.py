@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.formats.huggingface import is_tokenizer_file, is_weights, weight_files
 from shardway.formats.safetensors import MAX_HEADER_BYTES
-from shardway.hub.client import cached, download, read_range
+from shardway.hub.client import cached, download, read_range, remember
 from shardway.run.files import failing
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ def make_skeleton(repository: Repository, folder: Path, *, keep: bool) -> None:
             directory is opened.
     """
     _check_names(repository)
+    if keep:
+        remember(repository)
     small = [file for file in repository.files.values() if is_fetched(file)]
     with failing("look into the repository", folder):
         _in_parallel(lambda file: _fetch_small(repository, file, folder, keep=keep), small)

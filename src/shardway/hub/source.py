@@ -59,6 +59,23 @@ class HubSource:
             notes.append(f"code of the repository was not fetched: {listed}")
         return tuple(notes)
 
+    def spoken(self, problem: Problem) -> Problem:
+        """A problem, speaking of the repository instead of the directory that stands for it."""
+
+        def spoken(text: str) -> str:
+            return text.replace(str(self.root), str(self.repository))
+
+        cure = None if problem.cure is None else spoken(problem.cure)
+        if self.repository.offline and problem.code is Code.FILE_MISSING:
+            cure = "it is not in the cache: unset HF_HUB_OFFLINE, or run the command once where there is a network"
+        return dataclasses.replace(
+            problem,
+            what=spoken(problem.what),
+            facts=tuple(map(spoken, problem.facts)),
+            file=None if problem.file is None else spoken(str(problem.file)),
+            cure=cure,
+        )
+
     def bytes_held(self, plan: Plan) -> int:
         """The most bytes that fetched files will take beside the destination; 0 where they go into the cache.
 
@@ -107,12 +124,12 @@ def open_hub(name: str, revision: str | None, *, keep: bool) -> Iterator[HubSour
     """
     repository = look_up(name, revision)
     with tempfile.TemporaryDirectory(prefix="shardway-hub-") as folder:
-        root = Path(folder).resolve()
+        source = HubSource(repository=repository, root=Path(folder).resolve(), keep=keep)
         try:
-            make_skeleton(repository, root, keep=keep)
-            yield HubSource(repository=repository, root=root, keep=keep)
+            make_skeleton(repository, source.root, keep=keep)
+            yield source
         except ShardwayError as error:
-            raise ShardwayError(_spoken(problem, root, repository) for problem in error.problems) from error
+            raise ShardwayError(map(source.spoken, error.problems)) from error
 
 
 def is_passing(error: BaseException) -> bool:
@@ -120,22 +137,14 @@ def is_passing(error: BaseException) -> bool:
     return isinstance(error, KeyboardInterrupt) or (isinstance(error, ShardwayError) and error.codes <= _PASSING)
 
 
-def _spoken(problem: Problem, root: Path, repository: Repository) -> Problem:
-    """A problem, speaking of the repository instead of the directory that stands for it."""
+def fetched(name: str, revision: str | None, progress: Callable[[Progress], None] | None) -> Path:
+    """The directory in the local cache of a repository, all that is needed of it fetched.
 
-    def spoken(text: str) -> str:
-        return text.replace(f"{root}/", f"{repository}/").replace(str(root), str(repository))
-
-    cure = None if problem.cure is None else spoken(problem.cure)
-    if repository.offline and problem.code is Code.FILE_MISSING:
-        cure = "it is not in the cache: unset HF_HUB_OFFLINE, or run the command once where there is a network"
-    return dataclasses.replace(
-        problem,
-        what=spoken(problem.what),
-        facts=tuple(map(spoken, problem.facts)),
-        file=None if problem.file is None else spoken(str(problem.file)),
-        cure=cure,
-    )
+    Raises:
+        ShardwayError: What `open_hub` raises, what is wrong with its headers, and what fetching raises.
+    """
+    with open_hub(name, revision, keep=True) as source:
+        return fetch(source, progress)
 
 
 def fetch(source: HubSource, progress: Callable[[Progress], None] | None) -> Path:

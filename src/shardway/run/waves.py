@@ -48,8 +48,8 @@ class Supply(Protocol):
 def in_waves(streams: Iterable[Stream], others: Iterable[str] = ()) -> list[Wave]:
     """Put streams into an order in which each file is needed from once to once, and few of them at a time.
 
-    The file that has been there for longest is finished first, so that models whose layers lie in order need two files
-    at a time, and others few more.
+    Files come in the order of their names, but the one that has been there for longest is finished first: models whose
+    layers lie in order need two files at a time, and others few more.
 
     Args:
         streams: The streams of an import.
@@ -72,7 +72,7 @@ def in_waves(streams: Iterable[Stream], others: Iterable[str] = ()) -> list[Wave
     while groups:
         oldest = next((name for name in held if of[name]), None)
         candidates = groups if oldest is None else of[oldest]
-        files = min(candidates, key=lambda each: len(each - held.keys()))
+        files = min(candidates, key=lambda each: (len(each - held.keys()), sorted(each)))
         held |= dict.fromkeys(sorted(files))
         for name in files:
             del of[name][files]
