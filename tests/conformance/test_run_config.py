@@ -32,10 +32,22 @@ EXPERTS = {
     "moe_aux_loss_coeff", "moe_ffn_hidden_size", "moe_grouped_gemm", "moe_permute_fusion", "moe_token_dispatcher_type",
     "num_moe_experts",
 }  # fmt: skip
+LATENT = {
+    "attention_softmax_in_fp32", "bias_activation_fusion", "bias_dropout_fusion", "cross_entropy_fusion_impl",
+    "cross_entropy_loss_fusion", "gradient_accumulation_fusion", "kv_lora_rank", "make_vocab_size_divisible_by",
+    "masked_softmax_fusion", "moe_layer_freq", "moe_router_dtype", "moe_router_enable_expert_bias",
+    "moe_router_group_topk", "moe_router_load_balancing_type", "moe_router_num_groups", "moe_router_pre_softmax",
+    "moe_router_score_function", "moe_router_topk_scaling_factor", "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_overlap", "mscale_all_dim", "multi_latent_attention", "persist_layer_norm", "q_lora_rank",
+    "qk_head_dim", "qk_layernorm", "qk_pos_emb_head_dim", "rotary_scaling_factor", "transformer_layer_spec",
+    "v_head_dim",
+}  # fmt: skip
 NEEDED = {
     "llama": GPT | FUSED,
     "qwen3": GPT | {"qk_layernorm"},
     "qwen3_moe": GPT | EXPERTS | {"qk_layernorm"},
+    "deepseek_v3": GPT | EXPERTS | LATENT,
+    "deepseek_v3_mtp": GPT | EXPERTS | LATENT | {"mtp_num_layers"},
 }
 
 
@@ -111,7 +123,10 @@ def test_a_checkpoint_for_megatron_lm_says_what_it_is(name: str, tmp_path: Path)
     assert (args.num_layers, args.hidden_size) == (config["num_hidden_layers"], config["hidden_size"])
     assert (args.swiglu, args.normalization, args.params_dtype) == (True, "RMSNorm", torch.bfloat16)
     assert args.untie_embeddings_and_output_weights is not config["tie_word_embeddings"]
-    assert args.num_experts == config.get("num_local_experts") if "moe" in name else not hasattr(args, "num_experts")
+    experts = config.get("num_local_experts", config.get("n_routed_experts"))
+    assert getattr(args, "num_experts", None) == experts
+    assert args.multi_latent_attention is (name in ("deepseek_v3", "deepseek_v3_mtp"))
+    assert getattr(args, "mtp_num_layers", None) == (config.get("num_nextn_predict_layers") or None)
     shutil.rmtree(folder / "hf")
     report = export_without_config(tmp_path / "in", tmp_path, name)
     assert "worked out from the arguments of Megatron-LM" in report.notes[0]

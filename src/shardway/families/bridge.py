@@ -82,8 +82,10 @@ def _model(mapping: ModelMapping, dtype: str | None, version: BridgeVersion) -> 
         fields |= {name: _function(f"torch.{dtype}") for name in ("params_dtype", "autocast_dtype")}
     fields["make_vocab_size_divisible_by"] = provider.vocabulary_multiple or _power_of_two(fields["vocab_size"])
     if provider.layer_spec:
-        spec = {"_target_": provider.layer_spec, "_partial_": True, "_args_": [], "use_transformer_engine": True}
-        fields["transformer_layer_spec"] = spec
+        partial = {"_partial_": True, "_args_": [], **provider.layer_options}
+        fields["transformer_layer_spec"] = (
+            {"_target_": provider.layer_spec, **partial} if provider.layer_options else _function(provider.layer_spec)
+        )
     if version is BridgeVersion.V0_3:
         fields = {name: value for name, value in fields.items() if not name.startswith(_SINCE_0_3)}
     return {"_target_": provider.target, **fields}

@@ -163,7 +163,7 @@ def map_model(
     caveats = list(family.caveats(config))
     promised = len(stacks.get("k", ()))
     if not promised or "mtp" not in flags:
-        fields.pop("mtp_num_layers", None)
+        fields = {name: value for name, value in fields.items() if not name.startswith("mtp_")}
     if promised and "mtp" not in flags:
         caveats.append(f"config.json promises {promised} layers of multi-token prediction, which the weights lack")
     ignored = "|".join(re.escape(template).replace(r"\{i\}", r"\d+") for template in family.ignored)
