@@ -84,9 +84,14 @@ def _model(mapping: ModelMapping, dtype: str | None, version: BridgeVersion) -> 
     if provider.layer_spec:
         spec = {"_target_": provider.layer_spec, "_partial_": True, "_args_": [], "use_transformer_engine": True}
         fields["transformer_layer_spec"] = spec
+    target = provider.target
     if version is BridgeVersion.V0_3:
         fields = {name: value for name, value in fields.items() if not name.startswith(_SINCE_0_3)}
-    return {"_target_": provider.target, **fields}
+        if target == _HYBRID:
+            target = _HYBRID_0_3
+            fields.pop("mtp_num_layers", None)
+            fields["hybrid_override_pattern"] = str(fields.pop("hybrid_layer_pattern")).partition("/")[0]
+    return {"_target_": target, **fields}
 
 
 def _function(name: str) -> dict[str, object]:
@@ -127,7 +132,9 @@ def fields_of(document: Mapping[str, object]) -> dict[str, object]:
 
 
 def provider_of(document: Mapping[str, object]) -> str | None:
-    """Dotted name of the class that a run_config.yaml builds its model with; None where it says nothing."""
+    """Dotted name of the class that a run_config.yaml builds its model with, as 0.7.0 has it; None without one."""
     model = document.get("model")
     target = model.get("_target_") if isinstance(model, dict) else None
+    if target == _HYBRID_0_3:
+        return _HYBRID
     return target if isinstance(target, str) else None
