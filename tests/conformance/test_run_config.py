@@ -82,7 +82,7 @@ def test_an_older_megatron_bridge_knows_every_field(tmp_path: Path) -> None:
 
 
 def test_an_older_megatron_bridge_builds_hybrids_with_another_class(tmp_path: Path) -> None:
-    """Source: models/mamba/mamba_provider.py of Megatron Bridge 0.3.1, transformer_config.py of megatron-core 0.16.1."""
+    """Source: models/mamba/mamba_provider.py of Megatron Bridge 0.3.1, megatron-core 0.16.1."""
     model = ours("nemotron_h", tmp_path / "in", bridge_version="0.3.1")["model"]
     assert model["_target_"] == "megatron.bridge.models.mamba.mamba_provider.MambaModelProvider"
     assert model["hybrid_override_pattern"] == "M-M*ME"

@@ -30,7 +30,10 @@ TRAINED_IN = ("bfloat16", "float16", "float32")
 
 _CONFIG = "megatron.bridge.training.config"
 # Fields that 0.3.1 has no place for.
-_SINCE_0_3 = ("yarn_", "mtp_hybrid_override_pattern", "mtp_use_repeated_layer")
+_SINCE_0_3 = ("yarn_", "mtp_hybrid_override_pattern", "mtp_use_repeated_layer", "keep_mtp_", "mamba_chunk_size")
+# What 0.3.1 builds hybrid models with; it knows none with multi-token prediction.
+_HYBRID = "megatron.bridge.models.hybrid.hybrid_provider.HybridModelProvider"
+_HYBRID_0_3 = "megatron.bridge.models.mamba.mamba_provider.MambaModelProvider"
 
 
 class BridgeVersion(enum.StrEnum):
