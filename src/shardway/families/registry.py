@@ -18,6 +18,7 @@ from shardway.families.minimax import MINIMAX_M2
 from shardway.families.mistral import MISTRAL
 from shardway.families.mixtral import MIXTRAL
 from shardway.families.nemotron import NEMOTRON
+from shardway.families.nemotron_h import NEMOTRON_H
 from shardway.families.olmo import EXAONE4, OLMO2
 from shardway.families.olmoe import OLMOE
 from shardway.families.phi import PHI3
@@ -50,6 +51,7 @@ FAMILIES: tuple[Family, ...] = (
     EXAONE4,
     MIMO,
     DECILM,
+    NEMOTRON_H,
     DEEPSEEK_V2,
     KIMI_K2,
 )

@@ -35,9 +35,11 @@ DIMENSIONS = {
     "num_moe_experts": "num_experts",
     "moe_ffn_hidden_size": "moe_intermediate_size",
 }
-# What Megatron configs say that no config.json decides, that a padded vocabulary changes, or that the shapes say too.
+# What Megatron configs say that no config.json decides, that a padded vocabulary changes, or that the names and shapes
+# of the tensors have said already (the pattern of a hybrid model may also say where pipeline stages begin).
 _NOT_COMPARED = frozenset(
     {
+        "hybrid_layer_pattern",
         "vocab_size",
         "init_method_std",
         "seq_length",
