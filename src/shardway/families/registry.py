@@ -11,6 +11,7 @@ from shardway.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, KIMI_K2
 from shardway.families.ernie import ERNIE4_5_MOE
 from shardway.families.gemma import GEMMA, GEMMA2, GEMMA3
 from shardway.families.glm import GLM4_MOE
+from shardway.families.glm_mla import GLM4_MOE_LITE, GLM_MOE_DSA
 from shardway.families.gpt_oss import GPT_OSS
 from shardway.families.llama import LLAMA
 from shardway.families.mimo import MIMO
@@ -54,6 +55,8 @@ FAMILIES: tuple[Family, ...] = (
     NEMOTRON_H,
     DEEPSEEK_V2,
     KIMI_K2,
+    GLM4_MOE_LITE,
+    GLM_MOE_DSA,
 )
 _BY_ARCHITECTURE = {architecture: family for family in FAMILIES for architecture in family.architectures}
 
