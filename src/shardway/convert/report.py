@@ -27,6 +27,8 @@ class ConversionReport:
         resumed: Large files that an earlier run, which was killed, had finished, and that were found whole.
         verified: Whether the result was read back and compared with the source.
         notes: What a user should know about the result, one sentence each.
+        left_out: For an export, everything in the checkpoint that is no weight: keys of tensors, of objects, and of
+            the common state.
     """
 
     source: str
@@ -45,6 +47,7 @@ class ConversionReport:
     resumed: int
     verified: bool
     notes: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         """The report as JSON-ready data."""
