@@ -10,6 +10,7 @@ from shardway.core.collector import collector_paused
 from shardway.core.dtypes import dtype_of_torch
 from shardway.core.errors import Problems
 from shardway.core.tensors import Catalog, Chunk, StoredTensor
+from shardway.formats.quantised import QUANTIZATION_CONFIG
 from shardway.formats.safetensors import lay_out
 from shardway.formats.sharding import INDEX_FILE, index_json, shard_tensors
 from shardway.plans.imports import config_with_dtype
@@ -95,8 +96,9 @@ def plan_export(
             chunk = Chunk((0,) * len(shape), shape, shard.file, offset)
             tensors[name] = StoredTensor(name, dtype, shape, (chunk,))
     small_files = {INDEX_FILE: index_json(shards)} if len(shards) > 1 else {}
-    if options.dtype is not None:
-        small_files["config.json"] = config_with_dtype(config, options.dtype)
+    if options.dtype is not None or QUANTIZATION_CONFIG in config:
+        plain = {key: value for key, value in config.items() if key != QUANTIZATION_CONFIG}
+        small_files["config.json"] = config_with_dtype(plain, options.dtype)
         copied_files = tuple(file for file in copied_files if file[0] != "config.json")
     return Plan(
         direction=Direction.EXPORT,
@@ -107,7 +109,7 @@ def plan_export(
         targets=tuple(targets),
         small_files=small_files,
         copied_files=copied_files,
-        notes=tuple(_notes(source, mapping, dtypes, narrowed)),
+        notes=tuple(_notes(source, mapping, dtypes, narrowed, config)),
     )
 
 
@@ -118,7 +120,11 @@ def default_shard_bytes(tensors: list[tuple[str, DType, Shape]]) -> int:
 
 
 def _notes(
-    source: TorchDistCheckpoint, mapping: ModelMapping, dtypes: Mapping[str, DType], narrowed: Mapping[str, str]
+    source: TorchDistCheckpoint,
+    mapping: ModelMapping,
+    dtypes: Mapping[str, DType],
+    narrowed: Mapping[str, str],
+    config: Mapping[str, object],
 ) -> list[str]:
     cast: dict[tuple[str, str], set[str]] = {}
     for tile in mapping.tiles:
@@ -126,6 +132,8 @@ def _notes(
         if stored is not written and tile.hf.tensor not in narrowed:
             cast.setdefault((stored.name, written.name), set()).add(tile.hf.tensor)
     notes = [f"{len(names)} tensors were cast from {old} to {new}" for (old, new), names in cast.items()]
+    if QUANTIZATION_CONFIG in config:
+        notes.append(f"{QUANTIZATION_CONFIG} was left out of config.json: the weights are not quantised")
     left_out = sorted(filter(is_training_state, (*source.metadata.tensors, *source.metadata.objects)))
     if left_out:
         listed = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
