@@ -305,6 +305,7 @@ def _replace_cuda() -> None:
     import torch
     from megatron.core import tensor_parallel
     from megatron.core.fusions import fused_softmax
+    from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
     from torch.overrides import TorchFunctionMode
 
@@ -328,6 +329,7 @@ def _replace_cuda() -> None:
     mock.patch.object(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor).start()
     mock.patch.object(tensor_parallel, "get_cuda_rng_tracker", NoGenerators).start()
     mock.patch.object(moe_utils, "te_general_gemm", None, create=True).start()
+    mock.patch.object(multi_latent_attention, "TELinear", type("TELinear", (), {})).start()
     mock.patch.object(fused_softmax, "get_sliding_window_causal_mask", window_mask_on_cpu).start()
 
 
@@ -363,13 +365,16 @@ def _build(job: Mapping[str, Any]) -> Any:
 
     fields = dict(job["fields"])
     arguments = {name: fields.pop(field) for field, name in _GPT_ARGUMENTS.items() if field in fields}
+    kind = TransformerConfig
+    if fields.get("multi_latent_attention"):
+        kind = MLATransformerConfig
+        fields |= {field: arguments[field] for field in ("rotary_base", "rotary_percent") if field in arguments}
     if job["tensor_parallel"] > 1:
         multiple = VOCABULARY_MULTIPLE * job["tensor_parallel"]
         arguments["vocab_size"] = -(-arguments["vocab_size"] // multiple) * multiple
     activation = _activation(fields.pop("activation_func"))
     attributes = {field: fields.pop(field) for field in list(fields) if field.startswith("yarn_")}
     fields |= {field: value for field, value in _WITHOUT_CUDA.items() if field in fields}
-    kind = MLATransformerConfig if fields.get("multi_latent_attention") else TransformerConfig
     unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(kind)})
     if unknown:
         raise ValueError(f"neither GPTModel nor {kind.__name__} knows {unknown}")
@@ -390,6 +395,8 @@ def _build(job: Mapping[str, Any]) -> Any:
         spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     if job["wide_norms"]:
         _widen_norms(spec.layer_specs)
+    if config.multi_latent_attention:
+        _attend(spec.layer_specs)
     predicting = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False) if config.mtp_num_layers else None
     model = GPTModel(
         config,
@@ -425,6 +432,24 @@ def _widen_norms(layers: Sequence[Any]) -> None:
     for layer in layers:
         layer.submodules.self_attention.submodules.q_layernorm = OfQueries
         layer.submodules.self_attention.submodules.k_layernorm = OfKeys
+
+
+def _attend(layers: Sequence[Any]) -> None:
+    """Stand in for Transformer Engine's attention: megatron-core's own has no heads of different sizes (0.16.1)."""
+    import torch
+
+    class Attention(torch.nn.Module):
+        def __init__(self, *, softmax_scale: float, **_: Any) -> None:
+            super().__init__()
+            self.scale = softmax_scale
+
+        def forward(self, query: Any, key: Any, value: Any, attention_mask: Any, **_: Any) -> torch.Tensor:
+            scores = torch.einsum("qbhd,kbhd->bhqk", query, key) * self.scale
+            weights = scores.masked_fill(attention_mask, -torch.inf).softmax(dim=-1)
+            return torch.einsum("bhqk,kbhd->qbhd", weights, value).flatten(2)
+
+    for layer in layers:
+        layer.submodules.self_attention.submodules.core_attention = Attention
 
 
 def _activation(name: str) -> Any:

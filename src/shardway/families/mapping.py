@@ -161,7 +161,7 @@ def map_model(
     caveats = list(family.caveats(config))
     promised = len(stacks.get("k", ()))
     if not promised or "mtp" not in flags:
-        fields.pop("mtp_num_layers", None)
+        fields = _without_prediction(fields)
     if promised and "mtp" not in flags:
         caveats.append(f"config.json promises {promised} layers of multi-token prediction, which the weights lack")
     ignored = "|".join(re.escape(template).replace(r"\{i\}", r"\d+") for template in family.ignored)
@@ -217,6 +217,14 @@ def _enumerate(
     yield from (
         (rule, parts_of(rule, None), {}, None) for rule in alone if rule not in before and holds(rule.when, flags)
     )
+
+
+def _without_prediction(fields: Mapping[str, object]) -> dict[str, object]:
+    """The fields of a model without layers of multi-token prediction."""
+    left = {name: value for name, value in fields.items() if not name.startswith(("mtp_", "keep_mtp_"))}
+    if "hybrid_layer_pattern" in left:
+        left["hybrid_layer_pattern"] = str(left["hybrid_layer_pattern"]).partition("/")[0]
+    return left
 
 
 def _not_stackable(config: HFConfig) -> Problem:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.families.bailing import BAILING_MOE_V2
 from shardway.families.decilm import DECILM
-from shardway.families.deepseek import DEEPSEEK_V3
+from shardway.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, KIMI_K2
 from shardway.families.ernie import ERNIE4_5_MOE
 from shardway.families.gemma import GEMMA, GEMMA2, GEMMA3
 from shardway.families.glm import GLM4_MOE
@@ -18,6 +18,7 @@ from shardway.families.minimax import MINIMAX_M2
 from shardway.families.mistral import MISTRAL
 from shardway.families.mixtral import MIXTRAL
 from shardway.families.nemotron import NEMOTRON
+from shardway.families.nemotron_h import NEMOTRON_H
 from shardway.families.olmo import EXAONE4, OLMO2
 from shardway.families.olmoe import OLMOE
 from shardway.families.phi import PHI3
@@ -50,6 +51,9 @@ FAMILIES: tuple[Family, ...] = (
     EXAONE4,
     MIMO,
     DECILM,
+    NEMOTRON_H,
+    DEEPSEEK_V2,
+    KIMI_K2,
 )
 _BY_ARCHITECTURE = {architecture: family for family in FAMILIES for architecture in family.architectures}
 

@@ -139,7 +139,7 @@ def as_scales(raw: Array, dtype: DType) -> Array:
         dtype: What they are; bytes are exponents of two, biased by 127.
     """
     if dtype.name == "uint8":
-        return np.ldexp(np.ones(raw.shape, np.float32), raw.astype(np.int32) - 127)
+        return np.asarray(np.ldexp(np.ones(raw.shape, np.float32), raw.astype(np.int32) - 127))
     return np.asarray(raw.view(dtype.numpy()), np.float32)
 
 
@@ -197,7 +197,7 @@ def _decode(scheme: Scheme, codes: Array, values: Array) -> None:
 @cache
 def _fp8() -> Array:
     """The value of each code of float8_e4m3fn, as float32."""
-    return np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    return np.asarray(np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn), np.float32)
 
 
 @cache
