@@ -284,11 +284,11 @@ def _plan(
             problems.extend(error.problems)
             return None
         # A tensor of a file that can't be read is not missing, as far as anyone knows.
-        known = checkpoint.index
+        unread = checkpoint.unread
         problems.extend(
             problem
             for problem in error.problems
-            if problem.code is not Code.TENSOR_MISSING or (known is not None and problem.tensor not in known)
+            if problem.code is not Code.TENSOR_MISSING or (unread is not None and problem.tensor not in unread)
         )
         return None
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardway.convert.exporting import prepare_export
-from shardway.convert.options import choice, parse_dtype, parse_shard_size, parse_size
+from shardway.convert.exporting import export_options, prepare_export
+from shardway.convert.options import choice, parse_dtype, parse_size
 from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.families.config import HFConfig
 from shardway.families.layout import Layout, layout_of
@@ -16,9 +16,8 @@ from shardway.families.mapping import map_model, variants_in
 from shardway.formats.huggingface import CONFIG_FILE, open_huggingface
 from shardway.formats.quantised import count_schemes, present
 from shardway.formats.torch_dist import iteration_folder, open_torch_dist
-from shardway.plans.exports import ExportOptions
 from shardway.plans.imports import ImportOptions, plan_import
-from shardway.verification.opening import is_megatron, is_model_state
+from shardway.verification.opening import is_megatron
 
 if TYPE_CHECKING:
     from shardway.core.tensors import Catalog
@@ -80,6 +79,7 @@ def plan(
     *,
     hf: str | Path | None = None,
     dtype: str = "auto",
+    weights: str = "model",
     layout: str = "auto",
     max_file_size: str | int = "4GiB",
     max_shard_size: str | int = "auto",
@@ -92,6 +92,7 @@ def plan(
         source: A Hugging Face directory, or the root or an iteration folder of a Megatron checkpoint.
         hf: For an export: directory with the config, as for `export_hf`.
         dtype: As for `import_hf` and `export_hf`.
+        weights: For an export, as for `export_hf`.
         layout: For an import, as for `import_hf`.
         max_file_size: For an import, as for `import_hf`.
         max_shard_size: For an export, as for `export_hf`.
@@ -104,9 +105,9 @@ def plan(
     """
     path = Path(source)
     if is_megatron(path):
-        options = ExportOptions(dtype=parse_dtype(dtype), max_shard_bytes=parse_shard_size(max_shard_size))
+        options = export_options(dtype, weights, max_shard_size)
         try:
-            checkpoint = open_torch_dist(path, wanted=is_model_state)
+            checkpoint = open_torch_dist(path, wanted=options.weights.wants)
             job = prepare_export(checkpoint, None if hf is None else Path(hf), _NOWHERE, options)
         except ShardwayError as error:
             return _stopped(source, "export", error)

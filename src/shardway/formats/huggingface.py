@@ -78,7 +78,8 @@ class HuggingFaceCheckpoint:
         catalog: All tensors; their chunks name files relative to the root.
         config: The content of ``config.json``.
         files: The safetensors files that hold the weights, relative to the root, sorted.
-        index: Tensor name to file of the index that chose the files, or None where none did.
+        unread: The tensors that the index which chose the files names and that no file that could be read holds; None
+            where no index chose.
         small_files: The files to carry along with the weights, ``config.json`` among them, sorted by name.
         left_out: The files that are not carried, sorted: other copies of the weights, files too big or too deep
             (a directory ends in ``/``), links to directories, things that are no files.
@@ -91,7 +92,7 @@ class HuggingFaceCheckpoint:
     catalog: Catalog
     config: dict[str, object]
     files: tuple[str, ...]
-    index: dict[str, str] | None
+    unread: frozenset[str] | None
     small_files: tuple[SmallFile, ...]
     left_out: tuple[str, ...]
     quantised: Mapping[str, Quantised] = field(default_factory=dict)
@@ -183,7 +184,7 @@ def survey_huggingface(root: Path, problems: Problems) -> HuggingFaceCheckpoint:
         catalog=Catalog(root=root, tensors=tensors),
         config=config,
         files=tuple(headers),
-        index=index,
+        unread=None if index is None else frozenset(index.keys() - tensors.keys()),
         small_files=small_files,
         left_out=left_out,
     )

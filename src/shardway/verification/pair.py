@@ -15,8 +15,10 @@ from shardway.families.mapping import map_model, variants_in
 from shardway.formats.huggingface import CONFIG_FILE, HuggingFaceCheckpoint
 from shardway.formats.quantised import computed_as, count_schemes, present
 from shardway.formats.record import read_record
+from shardway.plans.matching import padded_rows
 from shardway.plans.model import Direction, Plan
 from shardway.plans.streams import build_streams
+from shardway.plans.weights import model_state
 from shardway.run.engine import parse_workers
 from shardway.run.source import unchanged
 from shardway.verification.compare import compare_streams
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from shardway.formats.quantised import Quantised
     from shardway.formats.record import ChunkDigests
     from shardway.formats.torch_dist import TorchDistCheckpoint
+    from shardway.plans.weights import ModelState
     from shardway.run.progress import Progress
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
@@ -141,7 +144,8 @@ def _pair(a: Checkpoint, b: Checkpoint) -> _Pair:
         return _across(a, b, ("the first", "the second"))
     if isinstance(b, HuggingFaceCheckpoint):
         return _across(b, a, ("the second", "the first"))
-    return _same_kind(a.catalog, b.catalog, _digests(a), _digests(b))
+    ours, theirs = model_state(a), model_state(b)
+    return _same_kind(ours.catalog, theirs.catalog, _digests(a, ours), _digests(b, theirs))
 
 
 def _both_hf(a: HuggingFaceCheckpoint, b: HuggingFaceCheckpoint) -> _Pair:
@@ -172,16 +176,17 @@ def _shown_values(checkpoint: HuggingFaceCheckpoint) -> HuggingFaceCheckpoint:
     return found
 
 
-def _digests(checkpoint: TorchDistCheckpoint) -> ChunkDigests:
+def _digests(checkpoint: TorchDistCheckpoint, state: ModelState) -> ChunkDigests:
     record = read_record(checkpoint.root)
-    return record.digests if record else {}
+    return state.digests(record.digests) if record else {}
 
 
 def _across(hf: HuggingFaceCheckpoint, mcore: TorchDistCheckpoint, sides: tuple[str, str]) -> _Pair:
     """A Hugging Face and a Megatron checkpoint, by the mapping of the former's architecture."""
     hf = _shown_values(hf)
     config = HFConfig(hf.config, str(hf.catalog.root / CONFIG_FILE))
-    keys = mcore.catalog.tensors
+    state = model_state(mcore)
+    keys = state.catalog.tensors
     mapping = map_model(config, layout_of(keys), variants=variants_in(config, hf=hf.catalog.tensors, mcore=keys))
     copies = {name: of for name, of in mapping.aliases.items() if name in hf.catalog.tensors}
     mapping = mapping.with_copies(copies)
@@ -189,7 +194,7 @@ def _across(hf: HuggingFaceCheckpoint, mcore: TorchDistCheckpoint, sides: tuple[
     fit: list[set[str]] = []
     for side, shapes, tensors in (
         (sides[0], mapping.hf, hf.catalog.tensors),
-        (sides[1], mapping.mcore, mcore.catalog.tensors),
+        (sides[1], {**mapping.mcore, **padded_rows(mapping, keys)}, keys),
     ):
         ok = set()
         for name, shape in shapes.items():
@@ -207,8 +212,9 @@ def _across(hf: HuggingFaceCheckpoint, mcore: TorchDistCheckpoint, sides: tuple[
         fit.append(ok)
     tiles = [tile for tile in mapping.tiles if tile.hf.tensor in fit[0] and tile.mcore.tensor in fit[1]]
     if hf.quantised:
-        hf = computed_as(hf, {tile.hf.tensor: mcore.catalog.tensors[tile.mcore.tensor].dtype for tile in tiles})
-    return _compared(tiles, hf.catalog, mcore.catalog, differences, _digests(mcore), mapping, hf.quantised)
+        hf = computed_as(hf, {tile.hf.tensor: keys[tile.mcore.tensor].dtype for tile in tiles})
+    digests = _digests(mcore, state)
+    return _compared(tiles, hf.catalog, state.catalog, differences, digests, mapping, hf.quantised)
 
 
 def _same_kind(a: Catalog, b: Catalog, a_digests: ChunkDigests, b_digests: ChunkDigests) -> _Pair:
