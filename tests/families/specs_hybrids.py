@@ -34,6 +34,25 @@ _NEMOTRON_H = {
     "routed_scaling_factor": 2.5,
 }
 
+_DELTA = {
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25},
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+}
+# Of a model that another one stands for: the same layers under other names, or more of them.
+_STANDS_FOR = {"megatron": "another spec of the family runs in megatron-core; this one has the same layers"}
+_MATRICES = ("gate", "up", "down")
+_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+}
+
 
 def _fp32(path: Path, *endings: str) -> None:
     """Some tensors as float32 with values that bfloat16 can't hold, as released models have them."""
@@ -109,10 +128,70 @@ def _nemotron(name: str, changed: dict[str, object] | None = None, **others: obj
     return _hybrid(name, "NemotronHForCausalLM", "NemotronHConfig", values, megatron=_NO_MAMBA, **others)
 
 
+def _predicting(path: Path, *, packed: bool = False) -> None:
+    """A layer of multi-token prediction, which transformers has no place for, under the names of released models."""
+    import torch
+
+    def change(tensors: Weights) -> Weights:
+        generator = torch.Generator().manual_seed(12)
+        last = "model.layers.3."
+        layer = {name.removeprefix(last): each for name, each in tensors.items() if name.startswith(last)}
+        if packed:
+            experts = range(sum(name.endswith(".up_proj.weight") and ".experts." in name for name in layer))
+            of = {kind: [layer.pop(f"mlp.experts.{e}.{kind}_proj.weight") for e in experts] for kind in _MATRICES}
+            halves = zip(of["gate"], of["up"], strict=True)
+            layer["mlp.experts.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in halves])
+            layer["mlp.experts.down_proj"] = torch.stack(of["down"])
+        names = {f"mtp.layers.0.{name}": each.shape for name, each in layer.items()}
+        norms = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
+        hidden = layer["input_layernorm.weight"].numel()
+        names |= {f"mtp.{norm}.weight": (hidden,) for norm in norms} | {"mtp.fc.weight": (hidden, 2 * hidden)}
+        return tensors | {name: torch.randn(each, generator=generator).bfloat16() for name, each in names.items()}
+
+    rewrite(path, change)
+
+
+def _qwen3_next_released(path: Path) -> None:
+    """The config of Qwen3-Next-80B-A3B: an interval, transformers 4's words for rotary positions."""
+    config = read_config(path)
+    del config["layer_types"], config["rope_parameters"]
+    config |= {"full_attention_interval": 4, "partial_rotary_factor": 0.25, "rope_theta": 10_000, "rope_scaling": None}
+    (path / "config.json").write_text(json.dumps(config))
+    _predicting(path)
+
+
+def _qwen3_5_released(path: Path) -> None:
+    """The text config of Qwen3.5: it says that a layer of multi-token prediction is there."""
+    config = read_config(path)
+    config |= {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}
+    config.pop("intermediate_size", None) if "Moe" in config["architectures"][0] else None
+    (path / "config.json").write_text(json.dumps(config))
+    _predicting(path, packed="Moe" in config["architectures"][0])
+
+
+def _delta(name: str, model: str, config: str, changed: dict[str, object], **others: object) -> FamilySpec:
+    return _hybrid(name, f"{model}ForCausalLM", config, {**_DELTA, **changed}, **others)
+
+
 SPECS = (
     _nemotron("nemotron_h"),
     _nemotron("nemotron_h_in_memory", packed=True),
     _nemotron("nemotron_h_dense", {"layers_block_type": ["mamba", "mlp", "attention", "mlp"]}),
     _nemotron("nemotron_h_super", {"moe_latent_size": 32}, edit=_nemotron_super),
     _nemotron("nemotron_h_singular", edit=_nemotron_singular),
+    _delta("qwen3_next", "Qwen3Next", "Qwen3NextConfig", _EXPERTS),
+    _delta("qwen3_next_packed", "Qwen3Next", "Qwen3NextConfig", _EXPERTS, packed=True, **_STANDS_FOR),
+    _delta("qwen3_next_released", "Qwen3Next", "Qwen3NextConfig", _EXPERTS, edit=_qwen3_next_released, **_STANDS_FOR),
+    _delta(
+        "qwen3_next_mixed",
+        "Qwen3Next",
+        "Qwen3NextConfig",
+        {**_EXPERTS, "mlp_only_layers": [1], "layer_types": ["full_attention", *["linear_attention"] * 3]},
+    ),
+    _delta("qwen3_5", "Qwen3_5", "Qwen3_5TextConfig", {"tie_word_embeddings": True}),
+    _delta("qwen3_5_released", "Qwen3_5", "Qwen3_5TextConfig", {}, edit=_qwen3_5_released, **_STANDS_FOR),
+    _delta("qwen3_5_moe", "Qwen3_5Moe", "Qwen3_5MoeTextConfig", _EXPERTS, packed=True),
+    _delta(
+        "qwen3_5_moe_released", "Qwen3_5Moe", "Qwen3_5MoeTextConfig", _EXPERTS, edit=_qwen3_5_released, **_STANDS_FOR
+    ),
 )

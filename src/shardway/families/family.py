@@ -111,12 +111,14 @@ class Provider:
         vocabulary_multiple: What it pads the vocabulary to a multiple of; None for the largest power of two up to 128
             that the vocabulary is a multiple of.
         layer_spec: Dotted name of the function that gives the layers, where the class's own isn't the one.
+        layer_options: What that function is called with beside the config.
     """
 
     target: str = "megatron.bridge.models.gpt_provider.GPTModelProvider"
     fields: Mapping[str, object] = field(default_factory=dict)
     vocabulary_multiple: int | None = None
     layer_spec: str = ""
+    layer_options: Mapping[str, object] = field(default_factory=lambda: {"use_transformer_engine": True})
 
 
 def no_stacks(_: HFConfig, __: Dims) -> dict[str, Sequence[Layer]]:

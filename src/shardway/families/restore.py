@@ -87,6 +87,8 @@ def restore_config(
         they are one architecture under several names.
     """
     tried: dict[str, str] = {}
+    if fields.get("experimental_attention_variant") == "gdn":  # since megatron-core 0.19
+        fields = {**fields, "experimental_attention_variant": "gated_delta_net"}
     for family in FAMILIES:
         if family.restore is None or (provider is not None and provider != family.provider.target):
             continue
