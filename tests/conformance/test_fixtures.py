@@ -136,7 +136,8 @@ def test_an_export_gives_the_original(written: str, original: str, verify: bool,
     sizes = {"bfloat16": 2, "float32": 4}
     stored = facts(original)["tensors"].values()
     assert report.num_bytes == sum(sizes[entry["dtype"]] * math.prod(entry["shape"]) for entry in stored)
-    assert [difference.tensor for difference in shardway.verify(hf, FIXTURES / written).differences] == sorted(lost)
+    narrowed = sorted(name for name in lost if read_safetensors(hf)[name][0] == "F32")
+    assert [difference.tensor for difference in shardway.verify(hf, FIXTURES / written).differences] == narrowed
 
 
 @pytest.mark.parametrize("written", WRITTEN)

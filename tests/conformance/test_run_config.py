@@ -38,6 +38,13 @@ SIGMOID = {
     "moe_router_num_groups", "moe_router_score_function", "moe_router_topk_scaling_factor",
     "moe_shared_expert_intermediate_size", "moe_shared_expert_overlap",
 }  # fmt: skip
+LATENT = {
+    "attention_softmax_in_fp32", "bias_activation_fusion", "bias_dropout_fusion", "cross_entropy_fusion_impl",
+    "cross_entropy_loss_fusion", "gradient_accumulation_fusion", "kv_lora_rank", "make_vocab_size_divisible_by",
+    "masked_softmax_fusion", "moe_layer_freq", "moe_router_pre_softmax", "mscale_all_dim", "multi_latent_attention",
+    "persist_layer_norm", "q_lora_rank", "qk_head_dim", "qk_layernorm", "qk_pos_emb_head_dim", "rotary_scaling_factor",
+    "transformer_layer_spec", "v_head_dim",
+}  # fmt: skip
 HYBRID = GPT | EXPERTS | SIGMOID | {
     "first_last_layers_bf16", "hybrid_layer_pattern", "is_hybrid_model", "mamba_chunk_size", "mamba_head_dim",
     "mamba_num_groups", "mamba_num_heads", "mamba_state_dim", "masked_softmax_fusion", "persist_layer_norm",
@@ -58,6 +65,8 @@ NEEDED = {
     "llama": GPT | FUSED,
     "qwen3": GPT | {"qk_layernorm"},
     "qwen3_moe": GPT | EXPERTS | {"qk_layernorm"},
+    "deepseek_v3": GPT | EXPERTS | SIGMOID | LATENT,
+    "deepseek_v3_mtp": GPT | EXPERTS | SIGMOID | LATENT | {"mtp_num_layers"},
     "nemotron_h": HYBRID,
     "nemotron_h_super": HYBRID | PREDICTING | {"moe_latent_size"},
     "qwen3_next": GPT | EXPERTS | DELTA,
@@ -153,6 +162,7 @@ def test_a_checkpoint_for_megatron_lm_says_what_it_is(name: str, tmp_path: Path)
     assert args.untie_embeddings_and_output_weights is not config["tie_word_embeddings"]
     experts = config.get("num_local_experts", config.get("num_experts", config.get("n_routed_experts")))
     assert getattr(args, "num_experts", None) == experts
+    assert args.multi_latent_attention is ("deepseek" in name)
     shutil.rmtree(folder / "hf")
     report = export_without_config(tmp_path / "in", tmp_path, name, rounded=False)
     assert "worked out from the arguments of Megatron-LM" in report.notes[0]

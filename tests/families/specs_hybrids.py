@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from tests.families.spec import FamilySpec, read_config, rewrite
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     import torch
@@ -43,8 +44,6 @@ _DELTA = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 12,
 }
-# Of a model that another one stands for: the same layers under other names, or more of them.
-_STANDS_FOR = {"megatron": "another spec of the family runs in megatron-core; this one has the same layers"}
 _MATRICES = ("gate", "up", "down")
 _EXPERTS = {
     "num_experts": 4,
@@ -111,7 +110,7 @@ def _nemotron_singular(path: Path) -> None:
     rewrite(path, change)
 
 
-def _hybrid(name: str, architecture: str, config: str, values: dict[str, object], **others: object) -> FamilySpec:
+def _hybrid(name: str, architecture: str, config: str, values: Mapping[str, object], **others: object) -> FamilySpec:
     return FamilySpec(
         name=name,
         architecture=architecture,
@@ -123,7 +122,7 @@ def _hybrid(name: str, architecture: str, config: str, values: dict[str, object]
     )
 
 
-def _nemotron(name: str, changed: dict[str, object] | None = None, **others: object) -> FamilySpec:
+def _nemotron(name: str, changed: Mapping[str, object] | None = None, **others: object) -> FamilySpec:
     values = {**_NEMOTRON_H, **(changed or {})}
     return _hybrid(name, "NemotronHForCausalLM", "NemotronHConfig", values, megatron=_NO_MAMBA, **others)
 
@@ -142,7 +141,7 @@ def _predicting(path: Path, *, packed: bool = False) -> None:
             halves = zip(of["gate"], of["up"], strict=True)
             layer["mlp.experts.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in halves])
             layer["mlp.experts.down_proj"] = torch.stack(of["down"])
-        names = {f"mtp.layers.0.{name}": each.shape for name, each in layer.items()}
+        names = {f"mtp.layers.0.{name}": tuple(each.shape) for name, each in layer.items()}
         norms = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
         hidden = layer["input_layernorm.weight"].numel()
         names |= {f"mtp.{norm}.weight": (hidden,) for norm in norms} | {"mtp.fc.weight": (hidden, 2 * hidden)}
@@ -164,13 +163,16 @@ def _qwen3_5_released(path: Path) -> None:
     """The text config of Qwen3.5: it says that a layer of multi-token prediction is there."""
     config = read_config(path)
     config |= {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}
-    config.pop("intermediate_size", None) if "Moe" in config["architectures"][0] else None
+    packed = "Moe" in config["architectures"][0]
+    if packed:
+        del config["intermediate_size"]
     (path / "config.json").write_text(json.dumps(config))
-    _predicting(path, packed="Moe" in config["architectures"][0])
+    _predicting(path, packed=packed)
 
 
-def _delta(name: str, model: str, config: str, changed: dict[str, object], **others: object) -> FamilySpec:
-    return _hybrid(name, f"{model}ForCausalLM", config, {**_DELTA, **changed}, **others)
+def _delta(name: str, model: str, config: str, changed: Mapping[str, object], **others: object) -> FamilySpec:
+    # A gated norm divides by the size of what a delta net gives, which may be small: single tokens show the rounding.
+    return _hybrid(name, f"{model}ForCausalLM", config, {**_DELTA, **changed}, tolerance=5e-3, **others)
 
 
 SPECS = (
@@ -180,18 +182,16 @@ SPECS = (
     _nemotron("nemotron_h_super", {"moe_latent_size": 32}, edit=_nemotron_super),
     _nemotron("nemotron_h_singular", edit=_nemotron_singular),
     _delta("qwen3_next", "Qwen3Next", "Qwen3NextConfig", _EXPERTS),
-    _delta("qwen3_next_packed", "Qwen3Next", "Qwen3NextConfig", _EXPERTS, packed=True, **_STANDS_FOR),
-    _delta("qwen3_next_released", "Qwen3Next", "Qwen3NextConfig", _EXPERTS, edit=_qwen3_next_released, **_STANDS_FOR),
+    _delta("qwen3_next_released", "Qwen3Next", "Qwen3NextConfig", _EXPERTS, edit=_qwen3_next_released),
     _delta(
         "qwen3_next_mixed",
         "Qwen3Next",
         "Qwen3NextConfig",
         {**_EXPERTS, "mlp_only_layers": [1], "layer_types": ["full_attention", *["linear_attention"] * 3]},
+        packed=True,
     ),
     _delta("qwen3_5", "Qwen3_5", "Qwen3_5TextConfig", {"tie_word_embeddings": True}),
-    _delta("qwen3_5_released", "Qwen3_5", "Qwen3_5TextConfig", {}, edit=_qwen3_5_released, **_STANDS_FOR),
+    _delta("qwen3_5_released", "Qwen3_5", "Qwen3_5TextConfig", {}, edit=_qwen3_5_released),
     _delta("qwen3_5_moe", "Qwen3_5Moe", "Qwen3_5MoeTextConfig", _EXPERTS, packed=True),
-    _delta(
-        "qwen3_5_moe_released", "Qwen3_5Moe", "Qwen3_5MoeTextConfig", _EXPERTS, edit=_qwen3_5_released, **_STANDS_FOR
-    ),
+    _delta("qwen3_5_moe_released", "Qwen3_5Moe", "Qwen3_5MoeTextConfig", _EXPERTS, edit=_qwen3_5_released),
 )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.families.bailing import BAILING_MOE_V2
 from shardway.families.decilm import DECILM
-from shardway.families.deepseek import DEEPSEEK_V3
+from shardway.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, KIMI_K2
 from shardway.families.ernie import ERNIE4_5_MOE
 from shardway.families.gemma import GEMMA, GEMMA2, GEMMA3
 from shardway.families.glm import GLM4_MOE
@@ -53,9 +53,12 @@ FAMILIES: tuple[Family, ...] = (
     MIMO,
     DECILM,
     NEMOTRON_H,
-    QWEN3_NEXT,
+    DEEPSEEK_V2,
+    KIMI_K2,
+    # A Megatron config that says nothing of the router's type is that of Qwen3.5.
     QWEN3_5,
     QWEN3_5_MOE,
+    QWEN3_NEXT,
 )
 _BY_ARCHITECTURE = {architecture: family for family in FAMILIES for architecture in family.architectures}
 
