@@ -97,9 +97,7 @@ def variants_in(
     Raises:
         ShardwayError: `architecture-unsupported`, `config-invalid`.
     """
-    family = family_of(config)
-    passing = {variant.flag for variant in family.variants if not variant.restored}
-    return family.variants_in(hf, mcore, {flag: on for flag, on in (recorded or {}).items() if flag not in passing})
+    return family_of(config).variants_in(hf, mcore, recorded)
 
 
 @collector_paused()

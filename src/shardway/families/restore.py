@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardway.core.errors import ShardwayError
 from shardway.families.config import HFConfig
-from shardway.families.layout import layout_of
+from shardway.families.layout import VOCABULARY, layout_of
 from shardway.families.mapping import map_model
 from shardway.families.registry import FAMILIES
 
@@ -161,7 +161,7 @@ def _agreeing(mapping: ModelMapping, fields: Mapping[str, object]) -> int:
 
 def _fits(key: str, found: Shape, wanted: Shape) -> bool:
     """Whether a tensor has its shape; Megatron may have padded the vocabulary."""
-    padded = key in ("embedding.word_embeddings.weight", "output_layer.weight") and found[0] > wanted[0]
+    padded = key in VOCABULARY and found[0] > wanted[0]
     return found == wanted or (padded and found[1:] == wanted[1:])
 
 
