@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from shardway.families.family import Dims, Family, Layer, Provider
     from shardway.families.rules import Expanded, Rule
 
+# Where a config.json says how many layers of multi-token prediction there are.
+_PROMISES = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelMapping:
@@ -162,7 +165,7 @@ def map_model(
     promised = len(stacks.get("k", ()))
     if not promised or "mtp" not in flags:
         fields = _without_prediction(fields)
-    if promised and "mtp" not in flags:
+    if promised and "mtp" not in flags and any(config.get(key) for key in _PROMISES):
         caveats.append(f"config.json promises {promised} layers of multi-token prediction, which the weights lack")
     ignored = "|".join(re.escape(template).replace(r"\{i\}", r"\d+") for template in family.ignored)
     return ModelMapping(

@@ -24,6 +24,7 @@ from shardway.families.olmo import EXAONE4, OLMO2
 from shardway.families.olmoe import OLMOE
 from shardway.families.phi import PHI3
 from shardway.families.qwen import QWEN2, QWEN3, QWEN3_MOE
+from shardway.families.qwen_hybrid import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 
 if TYPE_CHECKING:
     from shardway.families.config import HFConfig
@@ -57,6 +58,10 @@ FAMILIES: tuple[Family, ...] = (
     KIMI_K2,
     GLM4_MOE_LITE,
     GLM_MOE_DSA,
+    # A Megatron config that says nothing of the router's type is that of Qwen3.5.
+    QWEN3_5,
+    QWEN3_5_MOE,
+    QWEN3_NEXT,
 )
 _BY_ARCHITECTURE = {architecture: family for family in FAMILIES for architecture in family.architectures}
 
