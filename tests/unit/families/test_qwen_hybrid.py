@@ -45,7 +45,7 @@ def mapped(*, variants: dict[str, bool] | None = None, **changed: object) -> Any
         ({"linear_key_head_dim": None}, "linear_key_head_dim is missing"),
     ],
 )
-def test_a_config_that_contradicts_itself_is_refused(changed: dict[str, object], what: str) -> None:
+def test_a_config_that_contradicts_itself_is_refused(changed: dict[str, Any], what: str) -> None:
     with pytest.raises(ShardwayError, match=what) as caught:
         mapped(**changed)
     assert caught.value.codes == {"config-invalid"}
