@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 from tests.hub.conftest import stored_bytes
 from tests.tiny import Tiny, write_model, write_safetensors
@@ -241,3 +242,25 @@ def test_a_head_that_is_a_copy_is_compared_as_it_passes(
         shardway.import_hf("org/other", "other", keep_source=keep)
     assert error.value.codes == {Code.TIED_WEIGHTS_DIFFER}
     assert not Path("other").exists()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_quantised_weights_wait_for_their_scales(hub: FakeHub, tmp_path: Path, elsewhere: Path, keep: bool) -> None:
+    """Which lie in another file."""
+    weights = MODEL.weights()
+    codes = {name: array for name, array in weights.items() if name.endswith("_proj.weight")}
+    rng = np.random.default_rng(3)
+    stored = {name: ("BF16", array) for name, array in weights.items() if name not in codes}
+    stored |= {name: ("F8_E4M3", (array & 0x7E).astype(np.uint8)) for name, array in codes.items()}
+    scales = {f"{name}_scale_inv": ("F32", rng.random((1, 1), np.float32).view(np.uint32)) for name in codes}
+    config = {**MODEL.config, "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    origin = write_model(tmp_path / "origin", config, {}, num_files=2)
+    files = {"model-00001-of-00002.safetensors": stored, "model-00002-of-00002.safetensors": scales}
+    for file, tensors in files.items():
+        write_safetensors(origin / file, tensors)
+    weight_map = {name: file for file, tensors in files.items() for name in tensors}
+    (origin / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    hub.add(NAME, origin)
+    report = shardway.import_hf(NAME, "ckpt", keep_source=keep)
+    assert sum(report.dequantised.values()) == len(codes)
+    assert shardway.verify(origin, "ckpt").equal

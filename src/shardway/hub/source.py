@@ -18,7 +18,7 @@ from shardway.hub.skeleton import make_skeleton
 from shardway.hub.supply import HubSupply, files_at_once
 from shardway.plans.model import Direction, Plan
 from shardway.run.files import failing
-from shardway.run.waves import Wave, bytes_at_once, in_waves
+from shardway.run.waves import Wave, arrivals, bytes_at_once, in_waves
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -82,9 +82,12 @@ class HubSource:
         Raises:
             ShardwayError: `no-space` where the cache has too little room.
         """
-        waves = in_waves(plan.streams)
-        files = {chunk.file for tensor in plan.hf.tensors.values() for chunk in tensor.chunks}
-        sizes = {name: self.repository.files[name].num_bytes for name in files if cached(self.repository, name) is None}
+        waves = in_waves(plan, plan.streams)
+        sizes = {
+            name: self.repository.files[name].num_bytes
+            for name in arrivals(waves)
+            if cached(self.repository, name) is None
+        }
         if not self.keep:
             return bytes_at_once(waves, sizes, files_at_once(waves, keep=False))
         cache = cache_directory()

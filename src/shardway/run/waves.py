@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from shardway.plans.model import Stream
+    from shardway.plans.model import Plan, Stream
 
 
 class Wave(NamedTuple):
@@ -45,14 +45,24 @@ class Supply(Protocol):
         """Be told that these files are not needed any more, and not open."""
 
 
-def in_waves(streams: Iterable[Stream], others: Iterable[str] = ()) -> list[Wave]:
+def files_read(plan: Plan, stream: Stream) -> frozenset[str]:
+    """The files of the source that a stream of an import reads."""
+    files = set()
+    for tile, chunk in stream.pieces:
+        source = plan.quantised.get(tile.hf.tensor)
+        files |= {chunk.file} if source is None else {part.chunks[0].file for part in (source.codes, source.scales)}
+    return frozenset(files)
+
+
+def in_waves(plan: Plan, streams: Iterable[Stream], others: Iterable[str] = ()) -> list[Wave]:
     """Put streams into an order in which each file is needed from once to once, and few of them at a time.
 
     Files come in the order of their names, but the one that has been there for longest is finished first: models whose
     layers lie in order need two files at a time, and others few more.
 
     Args:
-        streams: The streams of an import.
+        plan: An import.
+        streams: Those of its streams that are to be done.
         others: Files that are needed once, whatever the streams read.
 
     Returns:
@@ -60,7 +70,7 @@ def in_waves(streams: Iterable[Stream], others: Iterable[str] = ()) -> list[Wave
     """
     groups: dict[frozenset[str], list[Stream]] = {}
     for stream in streams:
-        groups.setdefault(frozenset(piece.hf.file for piece in stream.pieces), []).append(stream)
+        groups.setdefault(files_read(plan, stream), []).append(stream)
     for name in sorted(set(others) - {name for files in groups for name in files}):
         groups[frozenset((name,))] = []
     of: dict[str, dict[frozenset[str], None]] = {}

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import itertools
 import random
+from pathlib import Path
 
 import pytest
 
 from shardway.core.boxes import whole
 from shardway.core.dtypes import BFLOAT16
-from shardway.core.tensors import Chunk
+from shardway.core.tensors import Catalog, Chunk
 from shardway.core.tiles import identity
-from shardway.plans.model import Piece, Stream
+from shardway.plans.model import Direction, Piece, Plan, Stream
 from shardway.run.waves import Wave, arrivals, bytes_at_once, in_waves, most_at_once
+
+PLAN = Plan(
+    direction=Direction.IMPORT,
+    hf=Catalog(root=Path(), tensors={}),
+    mcore=Catalog(root=Path(), tensors={}),
+    streams=(),
+)
 
 
 def stream(number: int, *files: str) -> Stream:
@@ -42,7 +50,7 @@ def test_layers_in_order_need_two_files_at_a_time() -> None:
     streams = [stream(k, name) for k, name in enumerate(names)]
     streams += [stream(100 + k, *pair) for k, pair in enumerate(itertools.pairwise(names))]
     random.Random(1).shuffle(streams)
-    waves = in_waves(streams)
+    waves = in_waves(PLAN, streams)
     check(streams, waves)
     assert arrivals(waves) == names
     assert most_at_once(waves) == 2
@@ -57,7 +65,7 @@ def test_a_pair_far_apart_takes_one_more() -> None:
     names = [f"{number:02}" for number in range(20)]
     streams = [stream(k, *pair) for k, pair in enumerate(itertools.pairwise(names))]
     streams.append(stream(99, "00", "19"))
-    waves = in_waves(streams)
+    waves = in_waves(PLAN, streams)
     check(streams, waves)
     assert most_at_once(waves) <= 4
 
@@ -68,11 +76,11 @@ def test_any_streams(seed: int) -> None:
     names = [str(number) for number in range(rng.randint(1, 12))]
     streams = [stream(k, *rng.sample(names, rng.randint(1, min(4, len(names))))) for k in range(rng.randint(1, 60))]
     others = rng.sample(names, rng.randint(0, len(names)))
-    waves = in_waves(streams, others)
+    waves = in_waves(PLAN, streams, others)
     check(streams, waves)
     assert set(others) <= set(arrivals(waves))
 
 
 def test_nothing_to_do() -> None:
-    assert in_waves([]) == []
+    assert in_waves(PLAN, []) == []
     assert most_at_once([]) == 0
