@@ -305,6 +305,7 @@ def _replace_cuda() -> None:
     import torch
     from megatron.core import tensor_parallel
     from megatron.core.fusions import fused_softmax
+    from megatron.core.transformer import multi_latent_attention, torch_norm
     from megatron.core.transformer.moe import moe_utils
     from torch.overrides import TorchFunctionMode
 
@@ -324,10 +325,23 @@ def _replace_cuda() -> None:
         with OnCpu():
             return window_mask(*args)
 
+    torch_norm_of = torch_norm.WrappedTorchNorm.__new__
+
+    class OverOnePlus(torch.nn.RMSNorm):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.rms_norm(hidden, self.normalized_shape, 1 + self.weight, self.eps)
+
+    def norm(cls: Any, config: Any, hidden_size: int, eps: float = 1e-5, **others: Any) -> Any:
+        if config.layernorm_zero_centered_gamma and config.normalization == "RMSNorm":
+            return OverOnePlus(hidden_size, eps)
+        return torch_norm_of(cls, config, hidden_size, eps, **others)
+
     mock.patch.object(torch.cuda, "current_device", return_value=torch.device("cpu")).start()
     mock.patch.object(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor).start()
     mock.patch.object(tensor_parallel, "get_cuda_rng_tracker", NoGenerators).start()
+    mock.patch.object(torch_norm.WrappedTorchNorm, "__new__", norm).start()
     mock.patch.object(moe_utils, "te_general_gemm", None, create=True).start()
+    mock.patch.object(multi_latent_attention, "TELinear", type("TELinear", (), {})).start()
     mock.patch.object(fused_softmax, "get_sliding_window_causal_mask", window_mask_on_cpu).start()
 
 
@@ -363,13 +377,16 @@ def _build(job: Mapping[str, Any]) -> Any:
 
     fields = dict(job["fields"])
     arguments = {name: fields.pop(field) for field, name in _GPT_ARGUMENTS.items() if field in fields}
+    kind = TransformerConfig
+    if fields.get("multi_latent_attention"):
+        kind = MLATransformerConfig
+        fields |= {field: arguments[field] for field in ("rotary_base", "rotary_percent") if field in arguments}
     if job["tensor_parallel"] > 1:
         multiple = VOCABULARY_MULTIPLE * job["tensor_parallel"]
         arguments["vocab_size"] = -(-arguments["vocab_size"] // multiple) * multiple
     activation = _activation(fields.pop("activation_func"))
     attributes = {field: fields.pop(field) for field in list(fields) if field.startswith("yarn_")}
     fields |= {field: value for field, value in _WITHOUT_CUDA.items() if field in fields}
-    kind = MLATransformerConfig if fields.get("multi_latent_attention") else TransformerConfig
     unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(kind)})
     if unknown:
         raise ValueError(f"neither GPTModel nor {kind.__name__} knows {unknown}")
@@ -384,12 +401,16 @@ def _build(job: Mapping[str, Any]) -> Any:
     )
     for name, value in attributes.items():  # GPTModel reads these from the config, which has no fields for them
         setattr(config, name, value)
-    if config.num_moe_experts or config.multi_latent_attention:
+    if config.num_moe_experts or config.multi_latent_attention or config.experimental_attention_variant:
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization)
     else:
         spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     if job["wide_norms"]:
         _widen_norms(spec.layer_specs)
+    if config.experimental_attention_variant == "gated_delta_net":
+        spec = _with_delta_nets(spec, config)
+    if config.multi_latent_attention:
+        _attend(spec.layer_specs)
     predicting = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False) if config.mtp_num_layers else None
     model = GPTModel(
         config,
@@ -425,6 +446,59 @@ def _widen_norms(layers: Sequence[Any]) -> None:
     for layer in layers:
         layer.submodules.self_attention.submodules.q_layernorm = OfQueries
         layer.submodules.self_attention.submodules.k_layernorm = OfKeys
+
+
+def _attend(layers: Sequence[Any]) -> None:
+    """Stand in for Transformer Engine's attention: megatron-core's own has no heads of different sizes (0.16.1)."""
+    import torch
+
+    class Attention(torch.nn.Module):
+        def __init__(self, *, softmax_scale: float, **_: Any) -> None:
+            super().__init__()
+            self.scale = softmax_scale
+
+        def forward(self, query: Any, key: Any, value: Any, attention_mask: Any, **_: Any) -> torch.Tensor:
+            scores = torch.einsum("qbhd,kbhd->bhqk", query, key) * self.scale
+            weights = scores.masked_fill(attention_mask, -torch.inf).softmax(dim=-1)
+            return torch.einsum("bhqk,kbhd->qbhd", weights, value).flatten(2)
+
+    for layer in layers:
+        layer.submodules.self_attention.submodules.core_attention = Attention
+
+
+def _with_delta_nets(spec: Any, config: Any) -> Any:
+    """Put megatron-core's gated delta nets into layers of its own; there is a spec for Transformer Engine alone.
+
+    The module computes with torch alone in its deterministic mode, but for one norm, for which it asks fla.
+    """
+    import copy
+
+    import torch
+    from megatron.core.ssm import gated_delta_net
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    def l2norm(heads: torch.Tensor) -> torch.Tensor:
+        return heads * torch.rsqrt(heads.square().sum(-1, keepdim=True) + 1e-6)
+
+    mock.patch.object(gated_delta_net, "HAVE_FLA", new=True).start()
+    mock.patch.object(gated_delta_net, "l2norm", l2norm, create=True).start()
+    config.deterministic_mode = True
+    submodules = gated_delta_net.GatedDeltaNetSubmodules(
+        in_proj=ColumnParallelLinear, out_norm=WrappedTorchNorm, out_proj=RowParallelLinear
+    )
+    layers = []
+    for layer, is_delta in zip(spec.layer_specs, config.linear_attention_freq, strict=True):
+        changed = copy.deepcopy(layer)
+        if is_delta:
+            changed.submodules.self_attention = ModuleSpec(module=gated_delta_net.GatedDeltaNet, submodules=submodules)
+            changed.submodules.sharded_state_dict_keys_map = {
+                **changed.submodules.sharded_state_dict_keys_map,
+                "input_layernorm.": "self_attention.in_proj.layer_norm_",
+            }
+        layers.append(changed)
+    return dataclasses.replace(spec, layer_specs=layers)
 
 
 def _activation(name: str) -> Any:

@@ -8,6 +8,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
 import pytest
 from tests.tiny import bits, read_distcp, read_safetensors, same
 
@@ -15,7 +18,16 @@ import shardway
 from shardway.formats.torch_dist import open_torch_dist
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
-IMPORTED = ("llama", "qwen3", "qwen3_moe", "deepseek_v3", "deepseek_v3_mtp")
+IMPORTED = (
+    "llama",
+    "qwen3",
+    "qwen3_moe",
+    "deepseek_v3",
+    "deepseek_v3_mtp",
+    "nemotron_h",
+    "nemotron_h_super",
+    "qwen3_next",
+)
 WRITTEN = {
     "megatron_bridge_0.7.0/llama": "llama",
     "megatron_bridge_0.7.0/llama_tp2": "llama",
@@ -25,7 +37,16 @@ WRITTEN = {
     "megatron_bridge_0.7.0/deepseek_v3": "deepseek_v3",
     "megatron_bridge_0.7.0/deepseek_v3_mtp": "deepseek_v3_mtp",
     "megatron_bridge_0.7.0/deepseek_v3_pp2": "deepseek_v3",
+    "megatron_bridge_0.7.0/nemotron_h": "nemotron_h",
+    "megatron_bridge_0.7.0/nemotron_h_super": "nemotron_h_super",
+    "megatron_bridge_0.7.0/qwen3_next": "qwen3_next",
     "megatron_bridge_0.3.1/llama": "llama",
+}
+# Endings, on either side, of tensors that Megatron Bridge rounds to bfloat16 on the way: float32 parameters of state
+# spaces, and the output norm of gated delta nets, which Megatron holds less 1. An import of ours has them in float32.
+ROUNDED = {
+    "nemotron_h_super": (".A_log", ".D", ".dt_bias"),
+    "qwen3_next": (".out_norm.weight", ".linear_attn.norm.weight"),
 }
 
 
@@ -34,21 +55,32 @@ def facts(name: str) -> dict[str, Any]:
     return document
 
 
+def as_bfloat16(words: npt.NDArray[Any]) -> tuple[str, npt.NDArray[Any]]:
+    """What is left of float32 numbers, given by their bits."""
+    return "BF16", words.view(np.float32).astype(ml_dtypes.bfloat16).view(np.uint16)
+
+
+def left_of(tag: str, words: npt.NDArray[Any]) -> tuple[str, npt.NDArray[Any]]:
+    """What Megatron Bridge leaves of a tensor of `ROUNDED`: bfloat16, of what was bfloat16 less 1."""
+    if tag == "F32":
+        return as_bfloat16(words)
+    less = as_bfloat16(words.view(ml_dtypes.bfloat16).astype(np.float32) - np.float32(1))[1]
+    return as_bfloat16(less.view(ml_dtypes.bfloat16).astype(np.float32) + np.float32(1))
+
+
 @pytest.mark.parametrize("name", IMPORTED)
 def test_an_import_holds_the_tensors_of_megatron_bridge(name: str, tmp_path: Path) -> None:
     shardway.import_hf(FIXTURES / "hf" / name, tmp_path / "out", fsync=False)
-    ours = {
-        key: {
-            "dtype": tensor.dtype.name,
-            "shape": list(tensor.shape),
-            "sha256": hashlib.sha256(read.tobytes()).hexdigest(),
-        }
-        for (key, tensor), read in zip(
-            open_torch_dist(tmp_path / "out").catalog.tensors.items(),
-            read_distcp(tmp_path / "out").values(),
-            strict=True,
-        )
-    }
+    rounded = ROUNDED.get(name, ())
+    tensors, bytes_of = open_torch_dist(tmp_path / "out").catalog.tensors, read_distcp(tmp_path / "out")
+    ours = {}
+    for key, tensor in tensors.items():
+        read, dtype = bytes_of[key], tensor.dtype.name
+        if key.endswith(rounded):
+            assert dtype == "float32"
+            read, dtype = as_bfloat16(read)[1], "bfloat16"
+        digest = hashlib.sha256(read.tobytes()).hexdigest()
+        ours[key] = {"dtype": dtype, "shape": list(tensor.shape), "sha256": digest}
     theirs = {
         key: {"dtype": entry["dtype"], "shape": entry["shape"], "sha256": entry["sha256"]}
         for key, entry in facts(name)["tensors"].items()
@@ -94,13 +126,18 @@ def test_an_import_holds_the_extra_state_of_megatron_bridge(name: str, tmp_path:
 def test_an_export_gives_the_original(written: str, original: str, verify: bool, tmp_path: Path) -> None:
     hf = FIXTURES / "hf" / original
     report = shardway.export_hf(FIXTURES / written, tmp_path / "out", hf=hf, fsync=False, verify=verify)
-    assert read_safetensors(tmp_path / "out").keys() == read_safetensors(hf).keys()
-    assert same(bits(read_safetensors(tmp_path / "out").items()), bits(read_safetensors(hf).items()))
+    wanted = read_safetensors(hf)
+    lost = [name for name in wanted if name.endswith(ROUNDED.get(original, ()))]
+    wanted |= {name: left_of(*wanted[name]) for name in lost}
+    exported = read_safetensors(tmp_path / "out")
+    assert {name: tag for name, (tag, _) in exported.items()} == {name: tag for name, (tag, _) in wanted.items()}
+    assert same(bits(exported.items()), bits(wanted.items()))
     assert (tmp_path / "out/config.json").read_bytes() == (hf / "config.json").read_bytes()
     sizes = {"bfloat16": 2, "float32": 4}
     stored = facts(original)["tensors"].values()
     assert report.num_bytes == sum(sizes[entry["dtype"]] * math.prod(entry["shape"]) for entry in stored)
-    assert shardway.verify(hf, FIXTURES / written).equal
+    narrowed = sorted(name for name in lost if read_safetensors(hf)[name][0] == "F32")
+    assert [difference.tensor for difference in shardway.verify(hf, FIXTURES / written).differences] == narrowed
 
 
 @pytest.mark.parametrize("written", WRITTEN)

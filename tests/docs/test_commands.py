@@ -23,6 +23,7 @@ PAGES = [
     "docs/guide/convert.md",
     "docs/guide/megatron-bridge.md",
     "docs/guide/megatron-lm.md",
+    "docs/guide/training.md",
 ]
 
 

@@ -98,6 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("destination", metavar="DST", help="Hugging Face directory to write")
     _add_hf(command)
     _add_dtype(command)
+    _add_weights(command)
     _add_running(command)
     _add_shard_size(command)
     _add_output(command)
@@ -119,6 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("source", metavar="SRC", help="Hugging Face directory, or Megatron root or iteration folder")
     _add_hf(command)
     _add_dtype(command)
+    _add_weights(command)
     _add_layout(command)
     command.add_argument("--max-file-size", default="4GiB", metavar="SIZE", help="largest .distcp file (default: 4GiB)")
     _add_shard_size(command)
@@ -173,6 +175,15 @@ def _add_layout(command: argparse.ArgumentParser) -> None:
 def _add_hf(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--hf", metavar="DIR", help="directory with config.json and tokenizer (default: hf/ inside the checkpoint)"
+    )
+
+
+def _add_weights(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--weights",
+        choices=("model", "fp32"),
+        default="model",
+        help="the model's own weights (default), or the float32 copies that the optimizer trains",
     )
 
 

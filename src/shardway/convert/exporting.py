@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,6 +15,7 @@ from shardway.convert.existing import holds_one
 from shardway.convert.options import IfExists, choice, parse_dtype, parse_shard_size
 from shardway.convert.report import ConversionReport
 from shardway.convert.turns import inode, resume, resumed_bytes, take_turn, was_published, work_key
+from shardway.core.dtypes import FLOAT32
 from shardway.core.errors import Problems, ShardwayError
 from shardway.families.config import HFConfig
 from shardway.families.layout import layout_of
@@ -26,6 +28,7 @@ from shardway.formats.torch_dist import open_torch_dist
 from shardway.plans.exports import ExportOptions, plan_export
 from shardway.plans.imports import HF_FOLDER
 from shardway.plans.streams import build_streams
+from shardway.plans.weights import Weights, model_state
 from shardway.run.destination import in_the_way
 from shardway.run.engine import parse_workers
 from shardway.run.execute import execute
@@ -37,7 +40,6 @@ from shardway.run.publish import Staging
 from shardway.run.source import Snapshot, unchanged
 from shardway.verification.compare import check_readable, compare_plan, compare_streams
 from shardway.verification.integrity import check_small_files
-from shardway.verification.opening import is_model_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -55,6 +57,7 @@ def export_hf(
     *,
     hf: str | Path | None = None,
     dtype: str = "auto",
+    weights: str = "model",
     max_shard_size: str | int = "auto",
     if_exists: str = "error",
     workers: int | None = None,
@@ -75,6 +78,8 @@ def export_hf(
             import left in the iteration folder, or else what Megatron's own config there says (run_config.yaml or
             ``args``), where that is enough.
         dtype: ``"auto"`` keeps every tensor's bits; ``"bf16"``, ``"fp16"``, ``"fp32"`` cast floating-point tensors.
+        weights: ``"model"`` takes the model's own weights; ``"fp32"`` the float32 copies that the optimizer trains,
+            where a training checkpoint stores them by name, and writes float32 unless `dtype` says otherwise.
         max_shard_size: Most tensor bytes in one safetensors file: bytes, or text such as ``"5GB"``.
             ``"auto"``: 5 GB, or less where that makes eight files of at least 512 MB, which are written side by side.
         if_exists: ``"error"``; ``"reuse"`` accepts a directory whose tensors are all bit-equal to what would be
@@ -95,7 +100,7 @@ def export_hf(
     origin, target = Path(source), Path(destination)
     exists = choice("if_exists", if_exists, IfExists)
     num_workers = parse_workers(workers)
-    options = ExportOptions(dtype=parse_dtype(dtype), max_shard_bytes=parse_shard_size(max_shard_size))
+    options = export_options(dtype, weights, max_shard_size)
     checked = _prepare(origin, target, None if hf is None else Path(hf), options, exists, num_workers, progress)
     job, checkpoint = checked.job, checked.checkpoint
     plan = job.plan
@@ -111,7 +116,7 @@ def export_hf(
         layout=job.mapping.layout.value,
         iteration=checkpoint.root.name,
         num_tensors=len(plan.hf.tensors),
-        num_parameters=plan.mcore.num_elements,
+        num_parameters=sum(map(math.prod, job.mapping.mcore.values())),
         num_bytes=plan.mcore.num_bytes,
         dtypes=dict(Counter(tensor.dtype.name for tensor in plan.hf.tensors.values())),
         num_files=len(plan.targets),
@@ -120,6 +125,21 @@ def export_hf(
         resumed=resumed,
         verified=verify and not reuse,
         notes=plan.notes,
+        left_out=job.left_out,
+    )
+
+
+def export_options(dtype: str, weights: str, max_shard_size: str | int) -> ExportOptions:
+    """What an export is told, parsed.
+
+    Raises:
+        ShardwayError: `option-invalid`.
+    """
+    which = choice("weights", weights, Weights)
+    return ExportOptions(
+        dtype=parse_dtype(dtype) or (FLOAT32 if which is Weights.FP32 else None),
+        max_shard_bytes=parse_shard_size(max_shard_size),
+        weights=which,
     )
 
 
@@ -174,7 +194,7 @@ def _prepare(
             root = find_iteration(origin)
         snapshot = Snapshot(root)
         with unchanged((snapshot, None)):
-            checkpoint = open_torch_dist(root, wanted=is_model_state)
+            checkpoint = open_torch_dist(root, wanted=options.weights.wants)
             companions = Snapshot(hf or checkpoint.hf_dir or root)
             planned = checkpoint, companions, prepare_export(checkpoint, hf, target, options)
     except ShardwayError as error:
@@ -191,7 +211,7 @@ def _prepare(
             (snapshot, tuple(sorted(files))),
             (companions, (*config_file, *(name for _, name in job.plan.copied_files))),
         )
-        key = work_key(job.plan, " ".join(found.fingerprint(names) for found, names in reads))
+        key = work_key(job.plan, " ".join((options.weights, *(found.fingerprint(names) for found, names in reads))))
     try:
         check_apart(root, target)
         if root.resolve().is_relative_to(target.resolve()):
@@ -258,27 +278,31 @@ class ExportJob(NamedTuple):
         mapping: The model's mapping.
         companions: Directory of the config and the other small files.
         digests: Digests that the checkpoint records for its chunks.
+        left_out: Everything in the checkpoint that is no weight.
     """
 
     plan: Plan
     mapping: ModelMapping
     companions: Path
     digests: ChunkDigests
+    left_out: tuple[str, ...]
 
 
 def prepare_export(checkpoint: TorchDistCheckpoint, hf: Path | None, target: Path, options: ExportOptions) -> ExportJob:
     """Find the config that goes with a Megatron checkpoint and plan its export.
 
     Args:
-        checkpoint: The checkpoint, its training state left out.
+        checkpoint: The checkpoint, in which what `options.weights` wants has been found.
         hf: Directory with the config; None for the one inside the checkpoint, or what its Megatron config says.
         target: Directory to be made.
         options: What the user chose.
 
     Raises:
-        ShardwayError: `config-missing`, `record-invalid`, `digest-mismatch` for a small file that is not as it was
-            written, and what `map_model` and `plan_export` raise.
+        ShardwayError: `masters-missing`, `config-missing`, `record-invalid`, `digest-mismatch` for a small file that is
+            not as it was written, and what `model_state`, `map_model` and `plan_export` raise.
     """
+    state = model_state(checkpoint, options.weights)
+    checkpoint = dataclasses.replace(checkpoint, catalog=state.catalog)
     companions = hf or checkpoint.hf_dir
     restored = None
     used: Collection[str] = ()
@@ -301,11 +325,13 @@ def prepare_export(checkpoint: TorchDistCheckpoint, hf: Path | None, target: Pat
     known = record.copies if record else mapping.restored
     copies = {name: of for name, of in known.items() if mapping.aliases.get(name) == of}
     narrowed = record.dtypes if record else {}
-    plan = plan_export(checkpoint, mapping, config, copied, copies, narrowed, target, options)
+    plan = plan_export(state.catalog, mapping, config, copied, copies, narrowed, target, options)
+    plan = dataclasses.replace(plan, notes=plan.notes + state.notes)
     if restored is not None:
         small = {CONFIG_FILE: config_json(config), **plan.small_files}
         plan = dataclasses.replace(plan, small_files=small, notes=(restored.note, *plan.notes))
-    return ExportJob(plan, mapping, companions, record.digests if record else {})
+    digests = state.digests(record.digests) if record else {}
+    return ExportJob(plan, mapping, companions, digests, state.left_out)
 
 
 def _holds_one(target: Path, exists: IfExists) -> bool:

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardway.convert.exporting import prepare_export
-from shardway.convert.options import choice, parse_dtype, parse_shard_size, parse_size
+from shardway.convert.exporting import export_options, prepare_export
+from shardway.convert.options import choice, parse_dtype, parse_size
 from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.families.config import HFConfig
 from shardway.families.layout import Layout, layout_of
 from shardway.families.mapping import map_model, variants_in
 from shardway.formats.huggingface import CONFIG_FILE, open_huggingface
+from shardway.formats.quantised import count_schemes, present
 from shardway.formats.torch_dist import iteration_folder, open_torch_dist
-from shardway.plans.exports import ExportOptions
 from shardway.plans.imports import ImportOptions, plan_import
-from shardway.verification.opening import is_megatron, is_model_state
+from shardway.verification.opening import is_megatron
 
 if TYPE_CHECKING:
     from shardway.core.tensors import Catalog
@@ -46,6 +46,7 @@ class PlanReport:
         unclaimed: Tensors that no rule claims.
         problems: Everything that stands in the way.
         notes: What a user should know about the result, one sentence each.
+        dequantised: Of an import: number of tensors whose values are computed from quantised ones, by scheme.
     """
 
     source: str
@@ -63,6 +64,7 @@ class PlanReport:
     unclaimed: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()
+    dequantised: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, object]:
         """The report as JSON-ready data."""
@@ -77,6 +79,7 @@ def plan(
     *,
     hf: str | Path | None = None,
     dtype: str = "auto",
+    weights: str = "model",
     layout: str = "auto",
     max_file_size: str | int = "4GiB",
     max_shard_size: str | int = "auto",
@@ -89,6 +92,7 @@ def plan(
         source: A Hugging Face directory, or the root or an iteration folder of a Megatron checkpoint.
         hf: For an export: directory with the config, as for `export_hf`.
         dtype: As for `import_hf` and `export_hf`.
+        weights: For an export, as for `export_hf`.
         layout: For an import, as for `import_hf`.
         max_file_size: For an import, as for `import_hf`.
         max_shard_size: For an export, as for `export_hf`.
@@ -101,29 +105,32 @@ def plan(
     """
     path = Path(source)
     if is_megatron(path):
-        options = ExportOptions(dtype=parse_dtype(dtype), max_shard_bytes=parse_shard_size(max_shard_size))
+        options = export_options(dtype, weights, max_shard_size)
         try:
-            checkpoint = open_torch_dist(path, wanted=is_model_state)
+            checkpoint = open_torch_dist(path, wanted=options.weights.wants)
             job = prepare_export(checkpoint, None if hf is None else Path(hf), _NOWHERE, options)
         except ShardwayError as error:
             return _stopped(source, "export", error)
-        return _report(
-            source, job.plan, job.mapping.architecture, job.mapping.family, layout_of(job.plan.mcore.tensors)
-        )
+        layout_found = layout_of(job.plan.mcore.tensors)
+        reads = _by_file(job.plan.mcore)
+        return _report(source, job.plan, job.mapping.architecture, job.mapping.family, layout_found, reads)
     wanted = None if layout == "auto" else choice("layout", layout, Layout)
     importing = ImportOptions(dtype=parse_dtype(dtype), max_file_bytes=parse_size("max_file_size", max_file_size))
     try:
-        found = open_huggingface(path)
+        stored = open_huggingface(path)
+        found = present(stored, importing.dtype)
         config = HFConfig(found.config, str(path / CONFIG_FILE))
         mapping = map_model(config, wanted, variants=variants_in(config, hf=found.catalog.tensors))
         planned = plan_import(found, mapping, _NOWHERE / iteration_folder(0), importing)
     except ShardwayError as error:
         return _stopped(source, "import", error)
-    return _report(source, planned, mapping.architecture, mapping.family, mapping.layout)
+    reads = _by_file(stored.catalog)
+    return _report(source, planned, mapping.architecture, mapping.family, mapping.layout, reads)
 
 
-def _report(source: str | Path, planned: Plan, architecture: str, family: str, layout: Layout) -> PlanReport:
-    importing = planned.direction.value == "import"
+def _report(
+    source: str | Path, planned: Plan, architecture: str, family: str, layout: Layout, reads: dict[str, int]
+) -> PlanReport:
     writes = {target.name: target.num_bytes for target in planned.targets}
     writes |= {name: len(contents) for name, contents in planned.small_files.items()}
     return PlanReport(
@@ -135,10 +142,11 @@ def _report(source: str | Path, planned: Plan, architecture: str, family: str, l
         layout=layout.value,
         num_tensors=len(planned.hf.tensors),
         num_parameters=planned.mcore.num_elements,
-        reads=_by_file(planned.hf if importing else planned.mcore),
+        reads=reads,
         writes=writes,
         disk_bytes=planned.disk_bytes,
         notes=planned.notes,
+        dequantised=count_schemes(planned.quantised),
     )
 
 

@@ -54,6 +54,7 @@ class Code(enum.StrEnum):
     DIGEST_MISMATCH = "digest-mismatch"
     RECORD_INVALID = "record-invalid"
     RECORD_MISSING = "record-missing"
+    MASTERS_MISSING = "masters-missing"
     # The destination
     DESTINATION_EXISTS = "destination-exists"
     DESTINATION_UNWRITABLE = "destination-unwritable"

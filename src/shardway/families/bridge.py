@@ -23,6 +23,10 @@ ACTIVATIONS = {
     "squared_relu": "megatron.core.activations.squared_relu",
 }
 BLOCK_SPEC = "megatron.core.models.gpt.gpt_layer_specs.get_gpt_decoder_block_spec"
+GDN_SPEC = (
+    "megatron.core.models.gpt.experimental_attention_variant_module_specs."
+    "get_transformer_block_with_experimental_attention_variant_spec"
+)
 MLA = "megatron.bridge.models.mla_provider.MLAModelProvider"
 
 # Types of parameters that Megatron trains in.
@@ -30,7 +34,10 @@ TRAINED_IN = ("bfloat16", "float16", "float32")
 
 _CONFIG = "megatron.bridge.training.config"
 # Fields that 0.3.1 has no place for.
-_SINCE_0_3 = ("yarn_", "mtp_hybrid_override_pattern", "mtp_use_repeated_layer")
+_SINCE_0_3 = ("yarn_", "mtp_hybrid_override_pattern", "mtp_use_repeated_layer", "keep_mtp_", "mamba_chunk_size")
+# What 0.3.1 builds hybrid models with; it knows none with multi-token prediction.
+_HYBRID = "megatron.bridge.models.hybrid.hybrid_provider.HybridModelProvider"
+_HYBRID_0_3 = "megatron.bridge.models.mamba.mamba_provider.MambaModelProvider"
 
 
 class BridgeVersion(enum.StrEnum):
@@ -82,11 +89,20 @@ def _model(mapping: ModelMapping, dtype: str | None, version: BridgeVersion) -> 
         fields |= {name: _function(f"torch.{dtype}") for name in ("params_dtype", "autocast_dtype")}
     fields["make_vocab_size_divisible_by"] = provider.vocabulary_multiple or _power_of_two(fields["vocab_size"])
     if provider.layer_spec:
-        spec = {"_target_": provider.layer_spec, "_partial_": True, "_args_": [], "use_transformer_engine": True}
-        fields["transformer_layer_spec"] = spec
+        partial = {"_partial_": True, "_args_": [], **provider.layer_options}
+        fields["transformer_layer_spec"] = (
+            {"_target_": provider.layer_spec, **partial} if provider.layer_options else _function(provider.layer_spec)
+        )
+    target = provider.target
+    if version is BridgeVersion.V0_7 and fields.get("experimental_attention_variant") == "gated_delta_net":
+        fields["experimental_attention_variant"] = "gdn"
     if version is BridgeVersion.V0_3:
         fields = {name: value for name, value in fields.items() if not name.startswith(_SINCE_0_3)}
-    return {"_target_": provider.target, **fields}
+        if target == _HYBRID:
+            target = _HYBRID_0_3
+            fields.pop("mtp_num_layers", None)
+            fields["hybrid_override_pattern"] = str(fields.pop("hybrid_layer_pattern")).partition("/")[0]
+    return {"_target_": target, **fields}
 
 
 def _function(name: str) -> dict[str, object]:
@@ -127,7 +143,9 @@ def fields_of(document: Mapping[str, object]) -> dict[str, object]:
 
 
 def provider_of(document: Mapping[str, object]) -> str | None:
-    """Dotted name of the class that a run_config.yaml builds its model with; None where it says nothing."""
+    """Dotted name of the class that a run_config.yaml builds its model with, as 0.7.0 has it; None without one."""
     model = document.get("model")
     target = model.get("_target_") if isinstance(model, dict) else None
+    if target == _HYBRID_0_3:
+        return _HYBRID
     return target if isinstance(target, str) else None

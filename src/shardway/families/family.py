@@ -73,15 +73,12 @@ class Variant:
         hf: Matches the start of a Hugging Face name that only this form has.
         mcore: The same for a Megatron key.
         default: What holds where names decide nothing.
-        restored: Whether an export goes back to the form that the source was in; not where that form was a quantised
-            one and the values are written plainly.
     """
 
     flag: str
     hf: str = ""
     mcore: str = ""
     default: bool = False
-    restored: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,12 +108,14 @@ class Provider:
         vocabulary_multiple: What it pads the vocabulary to a multiple of; None for the largest power of two up to 128
             that the vocabulary is a multiple of.
         layer_spec: Dotted name of the function that gives the layers, where the class's own isn't the one.
+        layer_options: What that function is called with beside the config.
     """
 
     target: str = "megatron.bridge.models.gpt_provider.GPTModelProvider"
     fields: Mapping[str, object] = field(default_factory=dict)
     vocabulary_multiple: int | None = None
     layer_spec: str = ""
+    layer_options: Mapping[str, object] = field(default_factory=lambda: {"use_transformer_engine": True})
 
 
 def no_stacks(_: HFConfig, __: Dims) -> dict[str, Sequence[Layer]]:

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+# Keys of the tensors with a row for each token.
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+
 # The module that a tensor belongs to, where the tensor is the one by which Transformer Engine's modules are told.
 _WEIGHT = re.compile(r"(.+?)\.(?:weight(?:\..+)?|softmax_offset)")
 # Attention with learnable sinks; attention or an MLP that is one linear layer.

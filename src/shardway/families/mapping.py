@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from shardway.families.family import Dims, Family, Layer, Provider
     from shardway.families.rules import Expanded, Rule
 
+# Where a config.json says how many layers of multi-token prediction there are.
+_PROMISES = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelMapping:
@@ -94,9 +97,7 @@ def variants_in(
     Raises:
         ShardwayError: `architecture-unsupported`, `config-invalid`.
     """
-    family = family_of(config)
-    passing = {variant.flag for variant in family.variants if not variant.restored}
-    return family.variants_in(hf, mcore, {flag: on for flag, on in (recorded or {}).items() if flag not in passing})
+    return family_of(config).variants_in(hf, mcore, recorded)
 
 
 @collector_paused()
@@ -163,8 +164,8 @@ def map_model(
     caveats = list(family.caveats(config))
     promised = len(stacks.get("k", ()))
     if not promised or "mtp" not in flags:
-        fields.pop("mtp_num_layers", None)
-    if promised and "mtp" not in flags:
+        fields = _without_prediction(fields)
+    if promised and "mtp" not in flags and any(config.get(key) for key in _PROMISES):
         caveats.append(f"config.json promises {promised} layers of multi-token prediction, which the weights lack")
     ignored = "|".join(re.escape(template).replace(r"\{i\}", r"\d+") for template in family.ignored)
     return ModelMapping(
@@ -219,6 +220,14 @@ def _enumerate(
     yield from (
         (rule, parts_of(rule, None), {}, None) for rule in alone if rule not in before and holds(rule.when, flags)
     )
+
+
+def _without_prediction(fields: Mapping[str, object]) -> dict[str, object]:
+    """The fields of a model without layers of multi-token prediction."""
+    left = {name: value for name, value in fields.items() if not name.startswith(("mtp_", "keep_mtp_"))}
+    if "hybrid_layer_pattern" in left:
+        left["hybrid_layer_pattern"] = str(left["hybrid_layer_pattern"]).partition("/")[0]
+    return left
 
 
 def _not_stackable(config: HFConfig) -> Problem:

@@ -20,6 +20,8 @@ _RENAMED = {
     "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
     "mtp_hybrid_override_pattern": "mtp_hybrid_override_pattern",
 }
+# Where megatron-core has the layers of hybrid models, under the name that all its versions know.
+_HYBRID_SPEC = ("megatron.core.models.mamba.mamba_layer_specs", "mamba_stack_spec")
 # What a namespace has to say although it makes no difference to the model.
 _NEUTRAL: Mapping[str, object] = {
     "add_position_embedding": True,
@@ -57,6 +59,8 @@ def args_of(fields: Mapping[str, object], tokenizer: str) -> dict[str, object]:
             args[_RENAMED.get(name, name)] = value
     gated, activation = bool(fields.get("gated_linear_unit")), fields.get("activation_func")
     heads, groups = fields["num_attention_heads"], fields.get("num_query_groups")
+    if "hybrid_layer_pattern" in fields:
+        args["spec"] = list(_HYBRID_SPEC)
     return args | {
         "group_query_attention": groups is not None and groups != heads,
         "is_hybrid_model": "hybrid_layer_pattern" in fields,

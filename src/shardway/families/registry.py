@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.families.bailing import BAILING_MOE_V2
 from shardway.families.decilm import DECILM
-from shardway.families.deepseek import DEEPSEEK_V3
+from shardway.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, KIMI_K2
 from shardway.families.ernie import ERNIE4_5_MOE
 from shardway.families.gemma import GEMMA, GEMMA2, GEMMA3
 from shardway.families.glm import GLM4_MOE
+from shardway.families.glm_mla import GLM4_MOE_LITE, GLM_MOE_DSA
 from shardway.families.gpt_oss import GPT_OSS
 from shardway.families.llama import LLAMA
 from shardway.families.mimo import MIMO
@@ -18,10 +19,12 @@ from shardway.families.minimax import MINIMAX_M2
 from shardway.families.mistral import MISTRAL
 from shardway.families.mixtral import MIXTRAL
 from shardway.families.nemotron import NEMOTRON
+from shardway.families.nemotron_h import NEMOTRON_H
 from shardway.families.olmo import EXAONE4, OLMO2
 from shardway.families.olmoe import OLMOE
 from shardway.families.phi import PHI3
 from shardway.families.qwen import QWEN2, QWEN3, QWEN3_MOE
+from shardway.families.qwen_hybrid import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 
 if TYPE_CHECKING:
     from shardway.families.config import HFConfig
@@ -50,6 +53,15 @@ FAMILIES: tuple[Family, ...] = (
     EXAONE4,
     MIMO,
     DECILM,
+    NEMOTRON_H,
+    DEEPSEEK_V2,
+    KIMI_K2,
+    GLM4_MOE_LITE,
+    GLM_MOE_DSA,
+    # A Megatron config that says nothing of the router's type is that of Qwen3.5.
+    QWEN3_5,
+    QWEN3_5_MOE,
+    QWEN3_NEXT,
 )
 _BY_ARCHITECTURE = {architecture: family for family in FAMILIES for architecture in family.architectures}
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardway.core.errors import ShardwayError
 from shardway.families.config import HFConfig
-from shardway.families.layout import layout_of
+from shardway.families.layout import VOCABULARY, layout_of
 from shardway.families.mapping import map_model
 from shardway.families.registry import FAMILIES
 
@@ -35,12 +35,15 @@ DIMENSIONS = {
     "num_moe_experts": "num_experts",
     "moe_ffn_hidden_size": "moe_intermediate_size",
 }
-# What Megatron configs say that no config.json decides, or that a padded vocabulary changes.
+# What Megatron configs say that no config.json decides, that a padded vocabulary changes, or that the names and shapes
+# of the tensors have said already (the pattern of a hybrid model may also say where pipeline stages begin).
 _NOT_COMPARED = frozenset(
     {
+        "hybrid_layer_pattern",
         "vocab_size",
         "init_method_std",
         "seq_length",
+        "kv_channels",
         "attention_dropout",
         "hidden_dropout",
         "moe_aux_loss_coeff",
@@ -54,6 +57,11 @@ _NOT_COMPARED = frozenset(
         "mtp_loss_scaling_factor",
     }
 )
+# Fields that make no difference where another has a certain value.
+_IDLE: Mapping[str, tuple[str, object]] = {
+    "mscale_all_dim": ("rotary_scaling_factor", 1.0),
+    "moe_router_pre_softmax": ("moe_router_score_function", "sigmoid"),
+}
 
 
 class Restored:
@@ -81,10 +89,13 @@ def restore_config(
         dtype: What most weights are, by torch's name.
 
     Returns:
-        A config that leads to exactly these tensors and fields. Where several families do, the first of them: then
-        they are one architecture under several names.
+        A config that leads to exactly these tensors and fields. Where several families do, they are one architecture
+        under several names: then that of the family that agrees with most of what is left, and the first of those.
     """
     tried: dict[str, str] = {}
+    if fields.get("experimental_attention_variant") == "gdn":  # since megatron-core 0.19
+        fields = {**fields, "experimental_attention_variant": "gated_delta_net"}
+    found: list[tuple[int, dict[str, object]]] = []
     for family in FAMILIES:
         if family.restore is None or (provider is not None and provider != family.provider.target):
             continue
@@ -99,9 +110,10 @@ def restore_config(
             continue
         against = _against(mapping, fields, shapes)
         if against is None:
-            return Restored(config, tried)
-        tried[family.name] = against
-    return Restored(None, tried)
+            found.append((_agreeing(mapping, fields), config))
+        else:
+            tried[family.name] = against
+    return Restored(max(found, key=lambda pair: pair[0])[1] if found else None, tried)
 
 
 def _proposal(family: Family, restore: Any, fields: Mapping[str, object], dtype: str | None) -> dict[str, object]:
@@ -130,16 +142,26 @@ def _against(mapping: ModelMapping, fields: Mapping[str, object], shapes: Mappin
     for key, shape in mapping.mcore.items():
         if not _fits(key, shapes[key], shape):
             return f"{key} is {list(shapes[key])}, not {list(shape)}"
-    for name, value in mapping.megatron_config.items():
+    ours = mapping.megatron_config
+    for name, value in ours.items():
         found = fields.get(name)
-        if found is not None and name not in _NOT_COMPARED and not _same(value, found):
+        if found is None or name in _NOT_COMPARED or _same(value, found):
+            continue
+        other, idle = _IDLE.get(name, ("", None))
+        if not other or not _same(ours.get(other), idle):
             return f"{name} is {found!r}, not {value!r}"
     return None
 
 
+def _agreeing(mapping: ModelMapping, fields: Mapping[str, object]) -> int:
+    """In how many of the fields that decide nothing a model agrees."""
+    ours = {**mapping.megatron_config, **mapping.provider.fields}
+    return sum(name in fields and _same(value, fields[name]) for name, value in ours.items())
+
+
 def _fits(key: str, found: Shape, wanted: Shape) -> bool:
     """Whether a tensor has its shape; Megatron may have padded the vocabulary."""
-    padded = key in ("embedding.word_embeddings.weight", "output_layer.weight") and found[0] > wanted[0]
+    padded = key in VOCABULARY and found[0] > wanted[0]
     return found == wanted or (padded and found[1:] == wanted[1:])
 
 

@@ -360,6 +360,7 @@ def _read_entries(
     tensors: dict[str, StoredTensor] = {}
     spans: list[_Span] = []
     origins = [(0,) * num_axes for num_axes in range(_MAX_AXES + 1)]
+    shapes: dict[Shape, Shape] = {}  # one tuple for all tensors of a shape
     for name, entry in header.items():
         try:
             dtype, shape, begin, end = _read_entry(entry)
@@ -368,6 +369,7 @@ def _read_entries(
             cure = _CURE_DTYPE if error.code is Code.DTYPE_UNKNOWN else _CURE_WRITER
             problems.add(error.code, what, tensor=name, facts=error.facts, cure=cure)
             continue
+        shape = shapes.setdefault(shape, shape)
         spans.append((begin, end, name))
         chunk = Chunk(origins[len(shape)], shape, file, data_start + begin)
         tensors[name] = StoredTensor(name, dtype, shape, (chunk,))

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from shardway.core.collector import collector_paused
 from shardway.core.dtypes import dtype_of_torch
 from shardway.core.errors import Problems
 from shardway.core.tensors import Catalog, Chunk, StoredTensor
+from shardway.formats.quantised import QUANTIZATION_CONFIG
 from shardway.formats.safetensors import lay_out
 from shardway.formats.sharding import INDEX_FILE, index_json, shard_tensors
 from shardway.plans.imports import config_with_dtype
-from shardway.plans.matching import is_training_state, match_megatron
+from shardway.plans.matching import match_megatron, padded_rows
 from shardway.plans.model import Direction, Plan, TargetFile
 from shardway.plans.streams import build_streams, chunk_problems
+from shardway.plans.weights import Weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from shardway.core.dtypes import DType
     from shardway.core.tensors import Shape
     from shardway.families.mapping import ModelMapping
-    from shardway.formats.torch_dist import TorchDistCheckpoint
 
 _LARGEST_SHARD_BYTES = 5 * 10**9
 _SMALLEST_SHARD_BYTES = 512 * 10**6
@@ -39,15 +40,17 @@ class ExportOptions:
         dtype: Type to cast floating-point tensors to; None keeps every tensor's bits.
         max_shard_bytes: No safetensors file holds more tensor bytes, unless a single tensor has. None: 5 GB, or less
             where that makes eight files of at least 512 MB, so that threads need not write to one file.
+        weights: Which copy of the weights is meant, where a training checkpoint holds two.
     """
 
     dtype: DType | None = None
     max_shard_bytes: int | None = None
+    weights: Weights = Weights.MODEL
 
 
 @collector_paused()
 def plan_export(
-    source: TorchDistCheckpoint,
+    source: Catalog,
     mapping: ModelMapping,
     config: Mapping[str, object],
     copied_files: tuple[tuple[str, str], ...],
@@ -59,7 +62,7 @@ def plan_export(
     """Plan an export completely; nothing is read but what `source` holds already.
 
     Args:
-        source: The checkpoint, its metadata read and checked.
+        source: The weights, found and checked; rows beyond the mapping's vocabulary are cut off.
         mapping: The model's mapping in the checkpoint's layout.
         config: The Hugging Face config that goes with it.
         copied_files: Files to go along: name in the destination, and path.
@@ -72,13 +75,14 @@ def plan_export(
         ShardwayError: Everything that is missing, unexpected, misshapen or not covered once, together.
     """
     problems = Problems()
-    match_megatron(mapping, source.catalog.tensors, problems)
-    problems.extend(chunk_problems(source.catalog.tensors.values()))
+    padded = padded_rows(mapping, source.tensors)
+    match_megatron(replace(mapping, mcore={**mapping.mcore, **padded}), source.tensors, problems)
+    problems.extend(chunk_problems(source.tensors.values()))
     problems.raise_if_any()
     mapping = mapping.with_copies(copies)
     dtypes: dict[str, DType] = {}
     for tile in mapping.tiles:
-        stored = source.catalog.tensors[tile.mcore.tensor].dtype
+        stored = source.tensors[tile.mcore.tensor].dtype
         name = tile.hf.tensor
         if options.dtype is not None and stored.floating:
             dtypes[name] = options.dtype
@@ -95,19 +99,20 @@ def plan_export(
             chunk = Chunk((0,) * len(shape), shape, shard.file, offset)
             tensors[name] = StoredTensor(name, dtype, shape, (chunk,))
     small_files = {INDEX_FILE: index_json(shards)} if len(shards) > 1 else {}
-    if options.dtype is not None:
-        small_files["config.json"] = config_with_dtype(config, options.dtype)
+    if options.dtype is not None or QUANTIZATION_CONFIG in config:
+        plain = {key: value for key, value in config.items() if key != QUANTIZATION_CONFIG}
+        small_files["config.json"] = config_with_dtype(plain, options.dtype)
         copied_files = tuple(file for file in copied_files if file[0] != "config.json")
     return Plan(
         direction=Direction.EXPORT,
         hf=Catalog(root=destination, tensors=tensors),
-        mcore=source.catalog,
-        streams=build_streams(mapping.tiles, tensors, source.catalog.tensors),
+        mcore=source,
+        streams=tuple(stream for stream in build_streams(mapping.tiles, tensors, source.tensors) if stream.pieces),
         shifts=mapping.shifts,
         targets=tuple(targets),
         small_files=small_files,
         copied_files=copied_files,
-        notes=tuple(_notes(source, mapping, dtypes, narrowed)),
+        notes=tuple(_notes(source, mapping, dtypes, narrowed, padded, config)),
     )
 
 
@@ -118,16 +123,22 @@ def default_shard_bytes(tensors: list[tuple[str, DType, Shape]]) -> int:
 
 
 def _notes(
-    source: TorchDistCheckpoint, mapping: ModelMapping, dtypes: Mapping[str, DType], narrowed: Mapping[str, str]
+    source: Catalog,
+    mapping: ModelMapping,
+    dtypes: Mapping[str, DType],
+    narrowed: Mapping[str, str],
+    padded: Mapping[str, Shape],
+    config: Mapping[str, object],
 ) -> list[str]:
     cast: dict[tuple[str, str], set[str]] = {}
     for tile in mapping.tiles:
-        stored, written = source.catalog.tensors[tile.mcore.tensor].dtype, dtypes[tile.hf.tensor]
+        stored, written = source.tensors[tile.mcore.tensor].dtype, dtypes[tile.hf.tensor]
         if stored is not written and tile.hf.tensor not in narrowed:
             cast.setdefault((stored.name, written.name), set()).add(tile.hf.tensor)
     notes = [f"{len(names)} tensors were cast from {old} to {new}" for (old, new), names in cast.items()]
-    left_out = sorted(filter(is_training_state, (*source.metadata.tensors, *source.metadata.objects)))
-    if left_out:
-        listed = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
-        notes.append(f"{len(left_out)} entries of training state were left out: {listed}")
+    for name, (rows, *_) in padded.items():
+        wanted = mapping.mcore[name][0]
+        notes.append(f"{name} has {rows:,} rows for the config's {wanted:,} tokens; the padding was cut off")
+    if QUANTIZATION_CONFIG in config:
+        notes.append(f"{QUANTIZATION_CONFIG} was left out of config.json: the weights are not quantised")
     return notes

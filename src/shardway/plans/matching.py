@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.core.errors import Code, Problem, Problems
+from shardway.families.layout import VOCABULARY
 from shardway.formats.safetensors import printable
 
 if TYPE_CHECKING:
@@ -93,6 +94,22 @@ def match_megatron(mapping: ModelMapping, tensors: Mapping[str, StoredTensor], p
     unexpected = [name for name in tensors if name not in mapping.mcore]
     _count_layers(mapping.mcore, tensors, "the config", problems)
     _match(mapping.mcore, tensors, unexpected, problems)
+
+
+def padded_rows(mapping: ModelMapping, tensors: Mapping[str, StoredTensor]) -> dict[str, Shape]:
+    """The tensors whose vocabulary Megatron has padded, and their shapes with the padding.
+
+    Megatron-LM pads it to a multiple of ``--make-vocab-size-divisible-by`` times the tensor parallelism; the rows that
+    this adds belong to no token.
+    """
+    found = {}
+    for name in VOCABULARY:
+        tensor, wanted = tensors.get(name), mapping.mcore.get(name)
+        if tensor is None or wanted is None or len(tensor.shape) != len(wanted):
+            continue
+        if tensor.shape[0] > wanted[0] and tensor.shape[1:] == wanted[1:]:
+            found[name] = tensor.shape
+    return found
 
 
 def tied_problem(name: str, of: str, file: str, fact: str) -> Problem:
