@@ -12,6 +12,7 @@ from shardway.families.ernie import ERNIE4_5_MOE
 from shardway.families.falcon_h1 import FALCON_H1
 from shardway.families.gemma import GEMMA, GEMMA2, GEMMA3
 from shardway.families.glm import GLM4_MOE
+from shardway.families.glm_mla import GLM4_MOE_LITE, GLM_MOE_DSA
 from shardway.families.gpt_oss import GPT_OSS
 from shardway.families.llama import LLAMA
 from shardway.families.mimo import MIMO
@@ -56,6 +57,8 @@ FAMILIES: tuple[Family, ...] = (
     NEMOTRON_H,
     DEEPSEEK_V2,
     KIMI_K2,
+    GLM4_MOE_LITE,
+    GLM_MOE_DSA,
     # A Megatron config that says nothing of the router's type is that of Qwen3.5.
     QWEN3_5,
     QWEN3_5_MOE,
