@@ -2,8 +2,9 @@
 
 `import_hf` and `export_hf` convert checkpoints, `migrate` rewrites a Megatron one for other readers. `verify`
 compares two of any kind or holds one against its record, `inspect` looks into one and `plan` says what a conversion
-would do. `is_complete` tells whether something is a whole checkpoint, `clean` removes what killed runs have left. None
-of them needs torch, a GPU or a process group. `AutoBridge` saves live models.
+would do. `is_complete` tells whether something is a whole checkpoint, `clean` removes what killed runs have left,
+`push_hf` uploads an export to the Hub. None of them needs torch, a GPU or a process group. `AutoBridge` saves live
+models.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from shardway.convert.importing import import_hf
     from shardway.convert.migrating import MigrationReport, migrate
     from shardway.convert.planning import PlanReport, plan
+    from shardway.convert.pushing import PushReport, push_hf
     from shardway.convert.report import ConversionReport
     from shardway.core.errors import Code, Problem, ShardwayError
     from shardway.run.cleaning import CleanReport, clean
@@ -38,6 +40,7 @@ _HOMES = {
     "PlanReport": "convert.planning",
     "Problem": "core.errors",
     "Progress": "run.progress",
+    "PushReport": "convert.pushing",
     "ShardwayError": "core.errors",
     "VerifyReport": "verification.report",
     "clean": "run.cleaning",
@@ -47,6 +50,7 @@ _HOMES = {
     "is_complete": "verification.complete",
     "migrate": "convert.migrating",
     "plan": "convert.planning",
+    "push_hf": "convert.pushing",
     "verify": "verification.pair",
 }
 
@@ -60,6 +64,7 @@ __all__ = [
     "PlanReport",
     "Problem",
     "Progress",
+    "PushReport",
     "ShardwayError",
     "VerifyReport",
     "__version__",
@@ -70,6 +75,7 @@ __all__ = [
     "is_complete",
     "migrate",
     "plan",
+    "push_hf",
     "verify",
 ]
 

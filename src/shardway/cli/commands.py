@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from typing import TYPE_CHECKING
 
 from shardway.cli.progress import progress_display
 from shardway.cli.text import harmless, human_bytes, human_count, plural, table
+from shardway.core.errors import Code, Problem, ShardwayError
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Mapping
 
     from shardway.convert.planning import PlanReport
+    from shardway.convert.pushing import PushReport
     from shardway.convert.report import ConversionReport
-    from shardway.core.errors import Problem, ShardwayError
     from shardway.verification.inspection import InspectReport
     from shardway.verification.report import Difference
 
@@ -73,6 +75,8 @@ def _import(chosen: argparse.Namespace) -> int:
             max_file_size=chosen.max_file_size,
             fsync=not chosen.no_fsync,
             verify=chosen.verify,
+            revision=chosen.revision,
+            keep_source=not chosen.no_keep_source,
             progress=progress,
         )
     _print_conversion("imported", report, chosen)
@@ -82,6 +86,12 @@ def _import(chosen: argparse.Namespace) -> int:
 def _export(chosen: argparse.Namespace) -> int:
     from shardway.convert.exporting import export_hf
 
+    if chosen.push is not None:
+        from shardway.convert.pushing import check_push
+
+        check_push(chosen.push)
+    elif chosen.private or chosen.revision is not None:
+        raise ShardwayError(Problem(code=Code.OPTION_INVALID, what="--private and --revision go with --push"))
     with progress_display(quiet=chosen.quiet) as progress:
         report = export_hf(
             chosen.source,
@@ -96,7 +106,10 @@ def _export(chosen: argparse.Namespace) -> int:
             verify=chosen.verify,
             progress=progress,
         )
-    _print_conversion("exported", report, chosen)
+    pushed = _push(chosen) if chosen.push is not None else None
+    _print_conversion("exported", report, chosen, {} if pushed is None else {"pushed": pushed.to_dict()})
+    if pushed is not None and not chosen.json and not chosen.quiet:
+        print(f"  pushed to {pushed.url}, branch {pushed.revision}, commit {pushed.commit[:12]}")
     return 0
 
 
@@ -139,9 +152,30 @@ def _migrate(chosen: argparse.Namespace) -> int:
     return 0
 
 
-def _print_conversion(verb: str, report: ConversionReport, chosen: argparse.Namespace) -> None:
+def _push(chosen: argparse.Namespace) -> PushReport:
+    """Push what was exported; an error says that the export itself is done."""
+    from shardway.convert.pushing import push_hf
+
+    try:
+        return push_hf(
+            chosen.destination,
+            chosen.push,
+            private=chosen.private or None,
+            revision=chosen.revision,
+            source=chosen.source,
+        )
+    except ShardwayError as error:
+        done = f"the export is whole, at {chosen.destination}; with --if-exists reuse only the push is done again"
+        raise ShardwayError(
+            dataclasses.replace(problem, facts=(*problem.facts, done)) for problem in error.problems
+        ) from error
+
+
+def _print_conversion(
+    verb: str, report: ConversionReport, chosen: argparse.Namespace, more: Mapping[str, object] | None = None
+) -> None:
     if chosen.json:
-        print(json.dumps(report.to_dict(), indent=2))
+        print(json.dumps({**report.to_dict(), **(more or {})}, indent=2))
     if chosen.json or chosen.quiet:
         return
     folder = f"/{report.iteration}" if verb == "imported" else ""
@@ -166,7 +200,7 @@ def _verify(chosen: argparse.Namespace) -> int:
     from shardway.verification.pair import verify
 
     with progress_display(quiet=chosen.quiet) as progress:
-        report = verify(chosen.a, chosen.b, workers=chosen.workers, progress=progress)
+        report = verify(chosen.a, chosen.b, workers=chosen.workers, revision=chosen.revision, progress=progress)
     if chosen.json:
         print(json.dumps(report.to_dict(), indent=2))
     elif report.equal and report.b is None and not chosen.quiet:
@@ -176,8 +210,10 @@ def _verify(chosen: argparse.Namespace) -> int:
         )
     elif report.equal and not chosen.quiet:
         digests = f", {report.num_digests:,} recorded digests checked" if report.num_digests else ""
+        computed = "".join(f", {count:,} dequantised from {scheme}" for scheme, count in report.dequantised.items())
         print(
-            f"equal: {plural(report.num_tensors, 'tensor')}, {human_bytes(report.num_bytes)}, bit for bit{digests} "
+            f"equal: {plural(report.num_tensors, 'tensor')}{computed}, {human_bytes(report.num_bytes)}, "
+            f"bit for bit{digests} "
             f"({report.seconds:.2f} s)"
         )
     if not report.equal and not chosen.json:
@@ -210,7 +246,9 @@ def _inspect(chosen: argparse.Namespace) -> int:
     from shardway.verification.inspection import inspect
 
     with progress_display(quiet=chosen.quiet) as progress:
-        report = inspect(chosen.path, digest=chosen.digest, workers=chosen.workers, progress=progress)
+        report = inspect(
+            chosen.path, digest=chosen.digest, workers=chosen.workers, revision=chosen.revision, progress=progress
+        )
     if chosen.json:
         print(json.dumps(report.to_dict(), indent=2))
     elif not chosen.quiet:
@@ -230,6 +268,7 @@ def _print_inspection(report: InspectReport, *, tensors: bool) -> None:
         "parameters": f"{report.num_parameters:,} ({human_count(report.num_parameters)})",
         "tensors": f"{len(report.tensors):,} ({', '.join(f'{n:,} {dtype}' for dtype, n in report.dtypes.items())})",
         "tensor bytes": f"{report.num_bytes:,} ({human_bytes(report.num_bytes)})",
+        "quantised": ", ".join(f"{n:,} {scheme}" for scheme, n in report.quantised.items()) or None,
         "other objects": f"{len(report.objects):,}" if report.objects else None,
         "training state": f"{len(report.training_state):,} entries" if report.training_state else None,
         "files": f"{len(report.files):,} ({human_bytes(sum(report.files.values()))})",
@@ -256,6 +295,7 @@ def _plan(chosen: argparse.Namespace) -> int:
         layout=chosen.layout,
         max_file_size=chosen.max_file_size,
         max_shard_size=chosen.max_shard_size,
+        revision=chosen.revision,
     )
     if chosen.json:
         print(json.dumps(report.to_dict(), indent=2))

@@ -101,7 +101,8 @@ def work_key(plan: Plan, source: str) -> str:
         for offset, literal in target.literals:
             hasher.update(f"{offset}\0{len(literal)}\0".encode() + literal)
     for name, contents in plan.small_files.items():
-        hasher.update(f"{name}\0{len(contents)}\0".encode() + contents)
+        hasher.update(f"{name}\0{len(contents)}\0".encode())
+        hasher.update(contents)
     return hasher.hexdigest()
 
 

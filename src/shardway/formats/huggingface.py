@@ -9,7 +9,7 @@ import dataclasses
 import os
 import re
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from shardway.core.errors import Code, Problem, Problems, ShardwayError
@@ -28,6 +28,8 @@ from shardway.formats.small_files import links_out
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
+
+    from shardway.formats.quantised import Quantised
 
 CONFIG_FILE = "config.json"
 
@@ -55,6 +57,11 @@ def is_tokenizer_file(name: str) -> bool:
     return name.startswith(_TOKENIZER) or name.endswith(_TOKENIZER_SUFFIXES)
 
 
+def is_weights(name: str) -> bool:
+    """Whether a file of this name holds weights in any format."""
+    return name.lower().endswith((".safetensors", *_OTHER_WEIGHTS))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SmallFile:
     """A file that is no weights: configuration, tokenizer, licence.
@@ -76,18 +83,26 @@ class HuggingFaceCheckpoint:
         catalog: All tensors; their chunks name files relative to the root.
         config: The content of ``config.json``.
         files: The safetensors files that hold the weights, relative to the root, sorted.
-        index: Tensor name to file of the index that chose the files, or None where none did.
+        unread: The tensors that the index which chose the files names and that no file that could be read holds; None
+            where no index chose.
         small_files: The files to carry along with the weights, ``config.json`` among them, sorted by name.
         left_out: The files that are not carried, sorted: other copies of the weights, files too big or too deep
             (a directory ends in ``/``), links to directories, things that are no files.
+        quantised: Where the values of tensors come from that are presented in the place of what is stored
+            (`formats.quantised.present`).
+        num_activation_scales: How many tensors beside quantised weights were left aside: they are for activations.
+        faults: What is wrong with quantised weights; whoever uses the tensors raises it.
     """
 
     catalog: Catalog
     config: dict[str, object]
     files: tuple[str, ...]
-    index: dict[str, str] | None
+    unread: frozenset[str] | None
     small_files: tuple[SmallFile, ...]
     left_out: tuple[str, ...]
+    quantised: Mapping[str, Quantised] = field(default_factory=dict)
+    num_activation_scales: int = 0
+    faults: tuple[Problem, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,10 +189,20 @@ def survey_huggingface(root: Path, problems: Problems) -> HuggingFaceCheckpoint:
         catalog=Catalog(root=root, tensors=tensors),
         config=config,
         files=tuple(headers),
-        index=index,
+        unread=None if index is None else frozenset(index.keys() - tensors.keys()),
         small_files=small_files,
         left_out=left_out,
     )
+
+
+def weight_files(root: Path) -> tuple[str, ...]:
+    """The names of the files that hold the weights, as `open_huggingface` picks them; of them nothing is read.
+
+    Raises:
+        ShardwayError: `not-a-checkpoint`, `index-invalid`, `path-escapes`, `weights-not-safetensors`, `file-missing`.
+    """
+    tree = _walk(root, Problems())
+    return _choose_files(root, tree, _read_index(root) if INDEX_FILE in tree.names else None, Problems())
 
 
 def read_companions(root: Path) -> tuple[dict[str, object], tuple[SmallFile, ...]]:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from shardway.families.layout import layout_of
 from shardway.formats.huggingface import CONFIG_FILE, HuggingFaceCheckpoint, read_companions
+from shardway.formats.quantised import count_schemes, present
 from shardway.formats.record import read_record
+from shardway.hub.names import is_repository, refuse_revision
 from shardway.plans.imports import HF_FOLDER
 from shardway.plans.matching import is_training_state
 from shardway.run.engine import parse_workers
@@ -62,6 +64,7 @@ class InspectReport:
         training_state: Keys of optimizer, RNG and other training state.
         files: Bytes of the files by name.
         content_metadata: What a Megatron checkpoint says about its layout.
+        quantised: Number of weights that are stored quantised, by scheme; only those of schemes that can be read.
     """
 
     path: str
@@ -79,6 +82,7 @@ class InspectReport:
     training_state: tuple[str, ...]
     files: dict[str, int]
     content_metadata: dict[str, object]
+    quantised: dict[str, int]
 
     def to_dict(self) -> dict[str, object]:
         """The report as JSON-ready data; digests are left out where they were not asked for."""
@@ -94,20 +98,31 @@ def inspect(
     *,
     digest: bool = False,
     workers: int | None = None,
+    revision: str | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> InspectReport:
     """Say what a checkpoint is and what it holds, from its metadata alone unless digests are asked for.
 
     Args:
-        path: A Hugging Face directory, or the root or an iteration folder of a Megatron checkpoint.
+        path: A Hugging Face directory, or the root or an iteration folder of a Megatron checkpoint; or ``"org/name"``
+            of a repository on the Hub, of which headers alone are fetched unless digests are asked for.
         digest: Read every tensor and give its sha256.
         workers: Threads; by default one per processor, at most 16.
+        revision: Of a repository on the Hub: branch, tag or commit; by default ``main``.
         progress: Called from the worker threads while digests are taken.
 
     Raises:
         ShardwayError: When it can't be read or is damaged; all problems together.
     """
     num_workers = parse_workers(workers)
+    if is_repository(path):
+        from shardway.hub.source import fetch, open_hub
+
+        with open_hub(str(path), revision, keep=digest) as hub:
+            root = fetch(hub, progress) if digest else hub.root
+            report = inspect(root, digest=digest, workers=workers, progress=progress)
+            return dataclasses.replace(report, path=str(hub.repository))
+    refuse_revision(path, revision)
     snapshot = snapshot_of(Path(path))
     checkpoint = open_checkpoint(Path(path))
     catalog = checkpoint.catalog
@@ -145,6 +160,7 @@ def _particulars(checkpoint: Checkpoint) -> dict[str, Any]:
             "training_state": (),
             "files": {name: (root / name).stat().st_size for name in names},
             "content_metadata": {},
+            "quantised": count_schemes(present(checkpoint).quantised),
         }
     record = read_record(checkpoint.root)
     architecture = record.architecture if record else None
@@ -162,6 +178,7 @@ def _particulars(checkpoint: Checkpoint) -> dict[str, Any]:
         "training_state": tuple(sorted(filter(is_training_state, keys))),
         "files": dict(checkpoint.files),
         "content_metadata": checkpoint.content_metadata,
+        "quantised": {},
     }
 
 

@@ -76,7 +76,7 @@ def test_single_file(root: Path) -> None:
     put(root, "model.safetensors", "a")
     found = open_huggingface(root)
     assert found.files == ("model.safetensors",)
-    assert found.index is None
+    assert found.unread is None
     assert found.config == {"model_type": "llama", "time_step_limit": [0.0, float("inf")]}
     assert found.catalog.root == root
     assert found.catalog.tensors["a"].chunks[0].file == "model.safetensors"
@@ -90,7 +90,7 @@ def test_index_chooses_exactly_its_files(sharded: Path) -> None:
     put(sharded, "original/x.safetensors", "a")
     found = open_huggingface(sharded)
     assert found.files == (ONE, TWO)
-    assert found.index == {"a": ONE, "b": ONE, "c": TWO}
+    assert found.unread == frozenset()
     assert list(found.catalog.tensors) == ["a", "b", "c"]
     assert found.left_out == ("consolidated.safetensors", "original/x.safetensors")
 
@@ -108,7 +108,7 @@ def test_single_file_wins_over_an_index_that_agrees(sharded: Path) -> None:
     put(sharded, "model.safetensors", "c", "b", "a")
     found = open_huggingface(sharded)
     assert found.files == ("model.safetensors",)
-    assert found.index is None
+    assert found.unread is None
     assert found.left_out == (ONE, TWO, INDEX)
 
 
@@ -124,7 +124,7 @@ def test_index_that_names_the_single_file_decides(root: Path) -> None:
     put_index(root, {"a": "model.safetensors", "m": "mtp.safetensors"})
     found = open_huggingface(root)
     assert found.files == ("model.safetensors", "mtp.safetensors")
-    assert found.index is not None
+    assert found.unread == frozenset()
 
 
 def test_shards_without_an_index(root: Path) -> None:
