@@ -74,6 +74,7 @@ def _import(chosen: argparse.Namespace) -> int:
             workers=chosen.workers,
             max_file_size=chosen.max_file_size,
             fsync=not chosen.no_fsync,
+            chunk_for=chosen.chunk_for,
             verify=chosen.verify,
             revision=chosen.revision,
             keep_source=not chosen.no_keep_source,

@@ -99,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_running(command)
     command.add_argument("--max-file-size", default="4GiB", metavar="SIZE", help="largest .distcp file (default: 4GiB)")
+    _add_chunk_for(command, "one for each layer and expert")
     _add_output(command)
 
     command = _command(commands, "export", "Megatron checkpoint -> Hugging Face directory")

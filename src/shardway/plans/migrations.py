@@ -11,12 +11,11 @@ from shardway.core.errors import Code, Problem, Problems, ShardwayError
 from shardway.core.tensors import Catalog, StoredTensor
 from shardway.core.tiles import reach, restrict
 from shardway.families.layout import Layout, layout_of
-from shardway.families.parallel import UnevenError, loaded_boxes
 from shardway.formats.common_state import moved_common_state
 from shardway.formats.dcp import DcpTensor, write_metadata
 from shardway.formats.record import RECORD_FILE
 from shardway.formats.torch_dist import COMMON_STATE, metadata_json
-from shardway.plans.chunking import split_box
+from shardway.plans.chunking import shard_boxes, split_box
 from shardway.plans.laying import Blob, lay_out
 from shardway.plans.model import Direction, Plan
 from shardway.plans.relayout import relay
@@ -168,16 +167,10 @@ def _cut(stored: Mapping[str, StoredTensor], relaid: Relaid, options: MigrationO
     most = max(options.max_file_bytes - _MAX_FRAME_BYTES, BLOCK_BYTES)
     problems = Problems()
     ready: dict[str, list[Box]] = {}
-    if options.parallel is not None:
-        for key, (_, shape) in relaid.tensors.items():
-            try:
-                boxes = loaded_boxes(key, shape, options.parallel)
-            except UnevenError as error:
-                what = f"{key} can't be cut along the shards of that job: {error}"
-                problems.add(Code.OPTION_INVALID, what, tensor=key, facts=(f"shape {list(shape)}",))
-                continue
-            if boxes is not None:
-                ready[key] = boxes
+    for key, (_, shape) in relaid.tensors.items():
+        found = shard_boxes(key, shape, options.parallel, problems)
+        if found is not None:
+            ready[key] = found
     problems.raise_if_any()
     cuts: list[_Cut] = []
     for number, (key, boxes) in enumerate(ready.items()):
