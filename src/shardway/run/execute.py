@@ -99,8 +99,11 @@ def execute(
         staging.write(name, contents)
     for name, source in plan.copied_files:
         staging.copy(companions / source, name)
-    digests = {key: digest for known in finished.files.values() for key, digest in known.items()}
-    return digests | {key: digest for mover in movers for key, digest in mover.digests.items()}
+    digests: ChunkDigests = {}
+    for by_file in (finished.files, *(mover.digests for mover in movers)):
+        for known in by_file.values():
+            digests |= known
+    return digests
 
 
 def _check_overflows(losses: Losses, plan: Plan) -> None:
