@@ -30,6 +30,7 @@ TAGS = {
     "int8": "I8",
 }
 RAW = {"BF16": "<u2", "F16": "<u2", "F32": "<u4", "F64": "<u8", "F8_E4M3": "u1", "I8": "u1"}
+RAW |= {"U8": "u1", "F8_E8M0": "u1", "I32": "<u4", "I64": "<u8"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

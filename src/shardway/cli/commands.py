@@ -136,8 +136,10 @@ def _verify(chosen: argparse.Namespace) -> int:
         )
     elif report.equal and not chosen.quiet:
         digests = f", {report.num_digests:,} recorded digests checked" if report.num_digests else ""
+        computed = "".join(f", {count:,} dequantised from {scheme}" for scheme, count in report.dequantised.items())
         print(
-            f"equal: {plural(report.num_tensors, 'tensor')}, {human_bytes(report.num_bytes)}, bit for bit{digests} "
+            f"equal: {plural(report.num_tensors, 'tensor')}{computed}, {human_bytes(report.num_bytes)}, "
+            f"bit for bit{digests} "
             f"({report.seconds:.2f} s)"
         )
     if not report.equal and not chosen.json:
@@ -190,6 +192,7 @@ def _print_inspection(report: InspectReport, *, tensors: bool) -> None:
         "parameters": f"{report.num_parameters:,} ({human_count(report.num_parameters)})",
         "tensors": f"{len(report.tensors):,} ({', '.join(f'{n:,} {dtype}' for dtype, n in report.dtypes.items())})",
         "tensor bytes": f"{report.num_bytes:,} ({human_bytes(report.num_bytes)})",
+        "quantised": ", ".join(f"{n:,} {scheme}" for scheme, n in report.quantised.items()) or None,
         "other objects": f"{len(report.objects):,}" if report.objects else None,
         "training state": f"{len(report.training_state):,} entries" if report.training_state else None,
         "files": f"{len(report.files):,} ({human_bytes(sum(report.files.values()))})",

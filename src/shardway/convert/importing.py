@@ -27,6 +27,7 @@ from shardway.families.layout import Layout
 from shardway.families.mapping import map_model, variants_in
 from shardway.formats.huggingface import CONFIG_FILE, survey_huggingface
 from shardway.formats.iterations import TRAIN_STATE
+from shardway.formats.quantised import count_schemes, names_by_scheme, present
 from shardway.formats.record import RECORD_FILE, Record
 from shardway.formats.torch_dist import iteration_folder
 from shardway.plans.imports import ImportOptions, plan_import, widened
@@ -125,7 +126,8 @@ def import_hf(
     def report(*, reused: bool, resumed: int = 0, notes: tuple[str, ...] = ()) -> ConversionReport:
         dtypes: dict[str, int] = {}
         for name in mapping.hf:
-            kind = checkpoint.catalog.tensors[name].dtype.name
+            source_of = checkpoint.quantised.get(name)
+            kind = (source_of.codes if source_of else checkpoint.catalog.tensors[name]).dtype.name
             dtypes[kind] = dtypes.get(kind, 0) + 1
         return ConversionReport(
             source=str(source),
@@ -144,6 +146,7 @@ def import_hf(
             resumed=resumed,
             verified=verify and not reused,
             notes=plan.notes + notes,
+            dequantised=count_schemes(checkpoint.quantised),
         )
 
     if job.settled is Settled.WHOLE:
@@ -271,6 +274,7 @@ def _plan(
         checkpoint = survey_huggingface(origin, problems)
         if not checkpoint.config:
             return None
+        checkpoint = present(checkpoint, options.dtype)
         config = HFConfig(checkpoint.config, str(origin / CONFIG_FILE))
         variants = variants_in(config, hf=checkpoint.catalog.tensors) | {"te": names.spec is Spec.TE}
         mapping = map_model(config, names.layout, variants=variants)
@@ -307,4 +311,5 @@ def _record(
         variants=mapping.variants,
         dtypes=widened(checkpoint, mapping),
         megatron_config=mapping.megatron_config,
+        quantised=names_by_scheme(checkpoint.quantised),
     )

@@ -14,6 +14,7 @@ from shardway.families.config import HFConfig
 from shardway.families.layout import Layout, layout_of
 from shardway.families.mapping import map_model, variants_in
 from shardway.formats.huggingface import CONFIG_FILE, open_huggingface
+from shardway.formats.quantised import count_schemes, present
 from shardway.formats.torch_dist import iteration_folder, open_torch_dist
 from shardway.plans.imports import ImportOptions, plan_import
 from shardway.verification.opening import is_megatron
@@ -45,6 +46,7 @@ class PlanReport:
         unclaimed: Tensors that no rule claims.
         problems: Everything that stands in the way.
         notes: What a user should know about the result, one sentence each.
+        dequantised: Of an import: number of tensors whose values are computed from quantised ones, by scheme.
     """
 
     source: str
@@ -62,6 +64,7 @@ class PlanReport:
     unclaimed: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()
+    dequantised: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, object]:
         """The report as JSON-ready data."""
@@ -108,23 +111,26 @@ def plan(
             job = prepare_export(checkpoint, None if hf is None else Path(hf), _NOWHERE, options)
         except ShardwayError as error:
             return _stopped(source, "export", error)
-        return _report(
-            source, job.plan, job.mapping.architecture, job.mapping.family, layout_of(job.plan.mcore.tensors)
-        )
+        layout_found = layout_of(job.plan.mcore.tensors)
+        reads = _by_file(job.plan.mcore)
+        return _report(source, job.plan, job.mapping.architecture, job.mapping.family, layout_found, reads)
     wanted = None if layout == "auto" else choice("layout", layout, Layout)
     importing = ImportOptions(dtype=parse_dtype(dtype), max_file_bytes=parse_size("max_file_size", max_file_size))
     try:
-        found = open_huggingface(path)
+        stored = open_huggingface(path)
+        found = present(stored, importing.dtype)
         config = HFConfig(found.config, str(path / CONFIG_FILE))
         mapping = map_model(config, wanted, variants=variants_in(config, hf=found.catalog.tensors))
         planned = plan_import(found, mapping, _NOWHERE / iteration_folder(0), importing)
     except ShardwayError as error:
         return _stopped(source, "import", error)
-    return _report(source, planned, mapping.architecture, mapping.family, mapping.layout)
+    reads = _by_file(stored.catalog)
+    return _report(source, planned, mapping.architecture, mapping.family, mapping.layout, reads)
 
 
-def _report(source: str | Path, planned: Plan, architecture: str, family: str, layout: Layout) -> PlanReport:
-    importing = planned.direction.value == "import"
+def _report(
+    source: str | Path, planned: Plan, architecture: str, family: str, layout: Layout, reads: dict[str, int]
+) -> PlanReport:
     writes = {target.name: target.num_bytes for target in planned.targets}
     writes |= {name: len(contents) for name, contents in planned.small_files.items()}
     return PlanReport(
@@ -136,10 +142,11 @@ def _report(source: str | Path, planned: Plan, architecture: str, family: str, l
         layout=layout.value,
         num_tensors=len(planned.hf.tensors),
         num_parameters=planned.mcore.num_elements,
-        reads=_by_file(planned.hf if importing else planned.mcore),
+        reads=reads,
         writes=writes,
         disk_bytes=planned.disk_bytes,
         notes=planned.notes,
+        dequantised=count_schemes(planned.quantised),
     )
 
 

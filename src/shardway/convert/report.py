@@ -27,6 +27,7 @@ class ConversionReport:
         resumed: Large files that an earlier run, which was killed, had finished, and that were found whole.
         verified: Whether the result was read back and compared with the source.
         notes: What a user should know about the result, one sentence each.
+        dequantised: Of an import: number of tensors whose values were computed from quantised ones, by scheme.
         left_out: For an export, everything in the checkpoint that is no weight: keys of tensors, of objects, and of
             the common state.
     """
@@ -47,6 +48,7 @@ class ConversionReport:
     resumed: int
     verified: bool
     notes: tuple[str, ...]
+    dequantised: dict[str, int] = dataclasses.field(default_factory=dict)
     left_out: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, object]:

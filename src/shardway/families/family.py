@@ -73,15 +73,12 @@ class Variant:
         hf: Matches the start of a Hugging Face name that only this form has.
         mcore: The same for a Megatron key.
         default: What holds where names decide nothing.
-        restored: Whether an export goes back to the form that the source was in; not where that form was a quantised
-            one and the values are written plainly.
     """
 
     flag: str
     hf: str = ""
     mcore: str = ""
     default: bool = False
-    restored: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

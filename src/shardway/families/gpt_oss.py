@@ -1,8 +1,7 @@
 """gpt-oss: attention with learnable sinks and alternating windows, experts with biases and a clamped activation.
 
 Hugging Face keeps the experts of a layer as [E, in, out] with the columns of gate and up taking turns. The released
-files hold MXFP4 blocks instead, and these are [E, out, in]; since both matrices of an expert can be square, only the
-names tell which is which.
+files hold MXFP4 blocks of [E, out, in] instead; `formats.quantised` presents them the other way round.
 
 Source: transformers `modeling_gpt_oss.py` (5.23); Megatron Bridge `gpt_oss_bridge.py` (0.7.0).
 """
@@ -12,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from shardway.families import gqa, moe
-from shardway.families.family import Family, Field, Provider, Variant
+from shardway.families.family import Family, Field, Provider
 from shardway.families.rules import Part, Rule, same
 
 if TYPE_CHECKING:
@@ -23,9 +22,6 @@ if TYPE_CHECKING:
 _MLP = "decoder.layers.{i}.mlp"
 _HF = "model.layers.{i}.mlp"
 _ALPHA = 1.702  # of megatron-core's quick_gelu
-
-# Whether the experts come from MXFP4 blocks. Exports give bf16 in the orientation that transformers reads.
-MXFP4 = Variant(flag="mxfp4", hf=r"model\.layers\.\d+\.mlp\.experts\.\w+_blocks$", restored=False)
 
 
 def _experts() -> tuple[Rule, ...]:
@@ -39,15 +35,6 @@ def _experts() -> tuple[Rule, ...]:
                 Part(f"{hf}.gate_up_proj", f"[e] H {gate}", f"[e] {above} H"),
                 Part(f"{hf}.gate_up_proj", f"[e] H {up}", f"[e] {below} H"),
             ),
-            when="!mxfp4",
-        ),
-        Rule(
-            f"{at}.linear_fc1.weight",
-            (
-                Part(f"{hf}.gate_up_proj", f"[e] {gate} H", f"[e] {above} H"),
-                Part(f"{hf}.gate_up_proj", f"[e] {up} H", f"[e] {below} H"),
-            ),
-            when="mxfp4",
         ),
         Rule(
             f"{at}.linear_fc1.bias",
@@ -56,8 +43,7 @@ def _experts() -> tuple[Rule, ...]:
                 Part(f"{hf}.gate_up_proj_bias", f"[e] {up}", f"[e] {below}"),
             ),
         ),
-        Rule(f"{at}.linear_fc2.weight", (Part(f"{hf}.down_proj", "[e] Fe H", "[e] H Fe"),), when="!mxfp4"),
-        Rule(f"{at}.linear_fc2.weight", (Part(f"{hf}.down_proj", "[e] H Fe", "[e] H Fe"),), when="mxfp4"),
+        Rule(f"{at}.linear_fc2.weight", (Part(f"{hf}.down_proj", "[e] Fe H", "[e] H Fe"),)),
         Rule(f"{at}.linear_fc2.bias", (Part(f"{hf}.down_proj_bias", "[e] H", "[e] H"),)),
     )
 
@@ -116,7 +102,7 @@ GPT_OSS = Family(
         "proj_bias": lambda config: config.flag("attention_bias", default=True),
         "qk_norm": False,
     },
-    variants=(MXFP4, moe.TE),
+    variants=(moe.TE,),
     aliases=(gqa.TIED_HEAD,),
     provider=Provider(fields={"bias_activation_fusion": True, "bias_dropout_fusion": False}),
     hf_keys={"num_moe_experts": "num_local_experts", "moe_ffn_hidden_size": "intermediate_size"},

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from shardway.families.family import Dims, Family, Layer, Provider
     from shardway.families.rules import Expanded, Rule
 
+# Where a config.json says how many layers of multi-token prediction there are.
+_PROMISES = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelMapping:
@@ -94,9 +97,7 @@ def variants_in(
     Raises:
         ShardwayError: `architecture-unsupported`, `config-invalid`.
     """
-    family = family_of(config)
-    passing = {variant.flag for variant in family.variants if not variant.restored}
-    return family.variants_in(hf, mcore, {flag: on for flag, on in (recorded or {}).items() if flag not in passing})
+    return family_of(config).variants_in(hf, mcore, recorded)
 
 
 @collector_paused()
@@ -164,7 +165,7 @@ def map_model(
     promised = len(stacks.get("k", ()))
     if not promised or "mtp" not in flags:
         fields = _without_prediction(fields)
-    if promised and "mtp" not in flags:
+    if promised and "mtp" not in flags and any(config.get(key) for key in _PROMISES):
         caveats.append(f"config.json promises {promised} layers of multi-token prediction, which the weights lack")
     ignored = "|".join(re.escape(template).replace(r"\{i\}", r"\d+") for template in family.ignored)
     return ModelMapping(

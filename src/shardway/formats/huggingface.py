@@ -9,7 +9,7 @@ import dataclasses
 import os
 import re
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from shardway.core.errors import Code, Problem, Problems, ShardwayError
@@ -28,6 +28,8 @@ from shardway.formats.small_files import links_out
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
+
+    from shardway.formats.quantised import Quantised
 
 CONFIG_FILE = "config.json"
 
@@ -81,6 +83,10 @@ class HuggingFaceCheckpoint:
         small_files: The files to carry along with the weights, ``config.json`` among them, sorted by name.
         left_out: The files that are not carried, sorted: other copies of the weights, files too big or too deep
             (a directory ends in ``/``), links to directories, things that are no files.
+        quantised: Where the values of tensors come from that are presented in the place of what is stored
+            (`formats.quantised.present`).
+        num_activation_scales: How many tensors beside quantised weights were left aside: they are for activations.
+        faults: What is wrong with quantised weights; whoever uses the tensors raises it.
     """
 
     catalog: Catalog
@@ -89,6 +95,9 @@ class HuggingFaceCheckpoint:
     unread: frozenset[str] | None
     small_files: tuple[SmallFile, ...]
     left_out: tuple[str, ...]
+    quantised: Mapping[str, Quantised] = field(default_factory=dict)
+    num_activation_scales: int = 0
+    faults: tuple[Problem, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

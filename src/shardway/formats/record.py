@@ -57,6 +57,7 @@ class Record:
         variants: The form that the source was in, where its family knows several.
         dtypes: Hugging Face tensors that Megatron holds in a wider type than the source did, and the source's type.
         megatron_config: Fields of megatron-core's TransformerConfig and GPTModel.
+        quantised: By scheme, the Hugging Face tensors that were dequantised.
         digests: xxh3-128 of the bytes of every chunk.
         files: Every file of the iteration folder but the record itself, by its path in the folder.
     """
@@ -70,6 +71,7 @@ class Record:
     variants: Mapping[str, bool] = field(default_factory=dict)
     dtypes: Mapping[str, str] = field(default_factory=dict)
     megatron_config: Mapping[str, object] = field(default_factory=dict)
+    quantised: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     digests: ChunkDigests = field(default_factory=dict)
     files: Mapping[str, FileDigest] = field(default_factory=dict)
 
@@ -93,6 +95,7 @@ class Record:
             "variants": dict(self.variants),
             "dtypes": dict(self.dtypes),
             "megatron_config": dict(self.megatron_config),
+            "quantised": {scheme: list(names) for scheme, names in self.quantised.items()},
             "digests": {
                 "algorithm": _ALGORITHM,
                 "files": {
@@ -153,6 +156,10 @@ def _parse(document: dict[str, Any]) -> Record:
         variants={flag: _flag(value) for flag, value in document["variants"].items()},
         dtypes={name: _text(dtype) for name, dtype in document["dtypes"].items()},
         megatron_config=dict(document["megatron_config"]),
+        quantised={
+            scheme: tuple(map(_text, names))
+            for scheme, names in document.get("quantised", {}).items()  # records of 0.1.0 have none
+        },
         digests={
             (tensor, tuple(map(int, start.split("."))) if start else ()): _text(digest)
             for tensor, chunks in digests["chunks"].items()

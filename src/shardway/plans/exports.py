@@ -10,6 +10,7 @@ from shardway.core.collector import collector_paused
 from shardway.core.dtypes import dtype_of_torch
 from shardway.core.errors import Problems
 from shardway.core.tensors import Catalog, Chunk, StoredTensor
+from shardway.formats.quantised import QUANTIZATION_CONFIG
 from shardway.formats.safetensors import lay_out
 from shardway.formats.sharding import INDEX_FILE, index_json, shard_tensors
 from shardway.plans.imports import config_with_dtype
@@ -98,8 +99,9 @@ def plan_export(
             chunk = Chunk((0,) * len(shape), shape, shard.file, offset)
             tensors[name] = StoredTensor(name, dtype, shape, (chunk,))
     small_files = {INDEX_FILE: index_json(shards)} if len(shards) > 1 else {}
-    if options.dtype is not None:
-        small_files["config.json"] = config_with_dtype(config, options.dtype)
+    if options.dtype is not None or QUANTIZATION_CONFIG in config:
+        plain = {key: value for key, value in config.items() if key != QUANTIZATION_CONFIG}
+        small_files["config.json"] = config_with_dtype(plain, options.dtype)
         copied_files = tuple(file for file in copied_files if file[0] != "config.json")
     return Plan(
         direction=Direction.EXPORT,
@@ -110,7 +112,7 @@ def plan_export(
         targets=tuple(targets),
         small_files=small_files,
         copied_files=copied_files,
-        notes=tuple(_notes(source, mapping, dtypes, narrowed, padded)),
+        notes=tuple(_notes(source, mapping, dtypes, narrowed, padded, config)),
     )
 
 
@@ -126,6 +128,7 @@ def _notes(
     dtypes: Mapping[str, DType],
     narrowed: Mapping[str, str],
     padded: Mapping[str, Shape],
+    config: Mapping[str, object],
 ) -> list[str]:
     cast: dict[tuple[str, str], set[str]] = {}
     for tile in mapping.tiles:
@@ -136,4 +139,6 @@ def _notes(
     for name, (rows, *_) in padded.items():
         wanted = mapping.mcore[name][0]
         notes.append(f"{name} has {rows:,} rows for the config's {wanted:,} tokens; the padding was cut off")
+    if QUANTIZATION_CONFIG in config:
+        notes.append(f"{QUANTIZATION_CONFIG} was left out of config.json: the weights are not quantised")
     return notes

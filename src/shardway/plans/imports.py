@@ -16,6 +16,7 @@ from shardway.families.megatron_lm import args_of
 from shardway.formats.dcp import DcpChunk, DcpLocation, DcpTensor, write_metadata
 from shardway.formats.huggingface import is_tokenizer_file
 from shardway.formats.iterations import TRAIN_STATE
+from shardway.formats.quantised import copy_problems, dequantised_notes
 from shardway.formats.run_config import RUN_CONFIG, run_config_yaml
 from shardway.formats.torch_dist import common_pt, extra_state, metadata_json, train_state_pt
 from shardway.formats.torch_file import tensor_blob_frame
@@ -78,7 +79,9 @@ def plan_import(
         ShardwayError: Everything that is missing, unexpected, misshapen, unsupported or mixed, together.
     """
     problems = Problems()
+    problems.extend(source.faults)
     matched = match_huggingface(mapping, source.catalog.tensors, problems)
+    problems.extend(copy_problems(matched.copies, source))
     problems.raise_if_any()
     dtypes = _dtypes(source.catalog.tensors, mapping, options.dtype, problems)
     problems.raise_if_any()
@@ -122,6 +125,7 @@ def plan_import(
         shifts=mapping.shifts,
         copies=matched.copies,
         notes=tuple(_notes(source, mapping, options.dtype, matched.left_out)),
+        quantised=source.quantised,
     )
 
 
@@ -144,8 +148,10 @@ def _args(mapping: ModelMapping, trained_in: str | None, options: ImportOptions)
     }
 
 
-def config_with_dtype(config: Mapping[str, object], dtype: DType) -> bytes:
-    """A config.json that declares `dtype`, under the key that it used already."""
+def config_with_dtype(config: Mapping[str, object], dtype: DType | None) -> bytes:
+    """A config.json that declares `dtype`, under the key that it used already; None leaves it as it is."""
+    if dtype is None:
+        return (json.dumps(config, indent=2) + "\n").encode()
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
     return (json.dumps({**config, key: dtype.name}, indent=2, sort_keys=True) + "\n").encode()
 
@@ -263,12 +269,12 @@ def _file_name(number: int) -> str:
 def _notes(
     source: HuggingFaceCheckpoint, mapping: ModelMapping, wanted: DType | None, left_out: tuple[str, ...]
 ) -> list[str]:
-    notes = list(mapping.caveats)
+    notes = [*mapping.caveats, *dequantised_notes(source)]
     found: dict[str, int] = {}
     held = {tile.hf.tensor: mapping.dtypes.get(tile.mcore.tensor) for tile in mapping.tiles} if mapping.dtypes else {}
     for name in mapping.hf:
         dtype = source.catalog.tensors[name].dtype.name
-        if dtype != held.get(name):
+        if dtype != held.get(name) and name not in source.quantised:
             found[dtype] = found.get(dtype, 0) + 1
     declared = source.config.get("dtype", source.config.get("torch_dtype"))
     if wanted is not None:

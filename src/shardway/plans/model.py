@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from shardway.core.dtypes import DType
     from shardway.core.tensors import Catalog, Chunk
     from shardway.core.tiles import Tile
+    from shardway.formats.quantised import Quantised
 
 
 class Direction(enum.Enum):
@@ -88,6 +89,7 @@ class Plan:
         shifts: Megatron tensors whose values are the source's plus a number, computed in float32, and that number.
         copies: Hugging Face tensors that must be bit-equal copies of another one before anything is published.
         notes: What a user should know about the result, one sentence each.
+        quantised: Hugging Face tensors whose values are computed from what is stored, and what that is.
     """
 
     direction: Direction
@@ -100,6 +102,7 @@ class Plan:
     shifts: Mapping[str, float] = field(default_factory=dict)
     copies: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    quantised: Mapping[str, Quantised] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:

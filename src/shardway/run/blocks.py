@@ -8,6 +8,7 @@ import numpy as np
 import xxhash
 
 from shardway.core.boxes import Box, hull
+from shardway.core.dtypes import FLOAT16, FLOAT32
 from shardway.core.tiles import addresses, restrict
 from shardway.plans.chunking import split_box
 from shardway.plans.combs import complete, grid_in, keep_whole
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     Array = npt.NDArray[Any]
 
 BLOCK_BYTES = 8 * 2**20
+_COMPUTED_BYTES = 2 * 2**20
 
 
 def move_blocks(
@@ -57,7 +59,7 @@ def move_blocks(
     importing = plan.direction is Direction.IMPORT
     hashers = [xxhash.xxh3_128() for _ in stream.chunks]
     done = [0] * len(stream.chunks)
-    for block in blocks_of(stream):
+    for block in blocks_of(stream, plan):
         if importing:
             memory = read_pieces(plan, stream, block, hf, losses)
             _write_chunks(stream, block, memory.reshape(block.size), mcore, hashers, done)
@@ -71,15 +73,18 @@ def move_blocks(
     return [str(hasher.hexdigest()) for hasher in hashers]
 
 
-def blocks_of(stream: Stream) -> list[Box]:
+def blocks_of(stream: Stream, plan: Plan | None = None) -> list[Box]:
     """The stream's slab cut into boxes of bounded size that follow each other in row-major order.
 
-    Only what fills a comb (`plans.combs`) stays together whatever its size: an expert's gate and up, for one.
+    Only what fills a comb (`plans.combs`) stays together whatever its size: an expert's gate and up, for one. Values
+    that are computed come in smaller blocks, which stay in the processor's cache, and fill none.
     """
-    found = split_box(stream.box, BLOCK_BYTES // stream.dtype.itemsize)
-    if len(found) == 1:
+    quantised = plan.quantised if plan is not None else {}
+    stored = [piece for piece in stream.pieces if piece.tile.hf.tensor not in quantised]
+    found = split_box(stream.box, (BLOCK_BYTES if stored else _COMPUTED_BYTES) // stream.dtype.itemsize)
+    if len(found) == 1 or not stored:
         return found
-    memories = ((piece.tile, Box(piece.hf.start, piece.hf.size)) for piece in stream.pieces)
+    memories = ((piece.tile, Box(piece.hf.start, piece.hf.size)) for piece in stored)
     past = tuple(start + size for start, size in zip(stream.box.start, stream.box.size, strict=True))
     return [hull(found[begin:end]) for begin, end in keep_whole(found, memories, past)]
 
@@ -136,12 +141,19 @@ def parts_of(plan: Plan, stream: Stream, block: Box, hf: Files, losses: Losses) 
     shift = plan.shifts.get(stream.tensor, 0.0)
     for piece, part in pieces_in(stream, block):
         dtype = plan.hf.tensors[part.hf.tensor].dtype
-        yield part, convert(read_part(plan, piece, part, hf), dtype, stream.dtype, part.hf.tensor, losses, shift)
+        values = read_part(plan, piece, part, hf, losses)
+        yield part, convert(values, dtype, stream.dtype, part.hf.tensor, losses, shift)
 
 
-def read_part(plan: Plan, piece: Piece, part: Tile, hf: Files) -> Array:
+def read_part(plan: Plan, piece: Piece, part: Tile, hf: Files, losses: Losses) -> Array:
     """The bits of a part of a piece, as the Hugging Face side has them, in the shape of the part's grid."""
     dtype = plan.hf.tensors[part.hf.tensor].dtype
+    source = plan.quantised.get(part.hf.tensor)
+    if source is not None:
+        from shardway.run.dequantise import read_quantised
+
+        computed = FLOAT32 if dtype is FLOAT16 else dtype
+        return convert(read_quantised(source, part, hf, computed), computed, dtype, part.hf.tensor, losses)
     offset, strides = addresses(part.hf, Box(piece.hf.start, piece.hf.size))
     at = piece.hf.offset + offset * dtype.itemsize
     return gather(hf, piece.hf.file, at, part.sizes, tuple(strides), _array_type(dtype))[0]

@@ -100,7 +100,8 @@ class Mover:
         found: list[Run] = []
         limit = max(_FEW_RUNS, stream.num_bytes // _SHORT_RUN_BYTES)
         for tile, chunk in stream.pieces:
-            if self._plan.hf.tensors[tile.hf.tensor].dtype is not stream.dtype:
+            name = tile.hf.tensor
+            if self._plan.hf.tensors[name].dtype is not stream.dtype or name in self._plan.quantised:
                 return None
             grid = linearise(tile, Box(chunk.start, chunk.size), stream.box)
             num_bytes = grid.run_elements * itemsize

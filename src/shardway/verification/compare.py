@@ -198,12 +198,12 @@ class _Comparer:
         plan, losses = self._plan, Losses()
         hashers = [xxhash.xxh3_128() for _ in stream.chunks]
         done = [0] * len(stream.chunks)
-        for block in blocks_of(stream):
+        for block in blocks_of(stream, plan):
             stored = read_chunks(stream, block, self._mcore, hashers, done)
             if plan.direction is Direction.EXPORT:  # as Hugging Face has the values: a cast may have rounded them
                 for piece, part in pieces_in(stream, block):
                     ours = as_exported(plan, stream, part, part_of(stored, part, block), losses)
-                    theirs = read_part(plan, piece, part, self._hf)
+                    theirs = read_part(plan, piece, part, self._hf, losses)
                     self._hold(part, ours, theirs, plan.hf.tensors[part.hf.tensor].dtype)
             else:
                 for part, theirs in parts_of(plan, stream, block, self._hf, losses):
@@ -274,7 +274,7 @@ def check_copies(plan: Plan, num_workers: int) -> None:
     tensors = plan.hf.tensors
     tiles = [identity(name, of, tensors[name].shape) for name, of in plan.copies.items()]
     streams = build_streams(tiles, tensors, {of: tensors[of] for of in plan.copies.values()})
-    compared = Plan(direction=Direction.COMPARE, hf=plan.hf, mcore=plan.hf, streams=streams)
+    compared = Plan(direction=Direction.COMPARE, hf=plan.hf, mcore=plan.hf, streams=streams, quantised=plan.quantised)
     differences, _ = compare_streams(compared, num_workers)
     if differences:
         raise ShardwayError(

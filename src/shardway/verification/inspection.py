@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardway.families.layout import layout_of
 from shardway.formats.huggingface import CONFIG_FILE, HuggingFaceCheckpoint, read_companions
+from shardway.formats.quantised import count_schemes, present
 from shardway.formats.record import read_record
 from shardway.plans.imports import HF_FOLDER
 from shardway.plans.matching import is_training_state
@@ -61,6 +62,7 @@ class InspectReport:
         training_state: Keys of optimizer, RNG and other training state.
         files: Bytes of the files by name.
         content_metadata: What a Megatron checkpoint says about its layout.
+        quantised: Number of weights that are stored quantised, by scheme; only those of schemes that can be read.
     """
 
     path: str
@@ -78,6 +80,7 @@ class InspectReport:
     training_state: tuple[str, ...]
     files: dict[str, int]
     content_metadata: dict[str, object]
+    quantised: dict[str, int]
 
     def to_dict(self) -> dict[str, object]:
         """The report as JSON-ready data; digests are left out where they were not asked for."""
@@ -144,6 +147,7 @@ def _particulars(checkpoint: Checkpoint) -> dict[str, Any]:
             "training_state": (),
             "files": {name: (root / name).stat().st_size for name in names},
             "content_metadata": {},
+            "quantised": count_schemes(present(checkpoint).quantised),
         }
     record = read_record(checkpoint.root)
     architecture = record.architecture if record else None
@@ -163,6 +167,7 @@ def _particulars(checkpoint: Checkpoint) -> dict[str, Any]:
         "training_state": tuple(sorted(filter(is_training_state, keys))),
         "files": dict(checkpoint.files),
         "content_metadata": checkpoint.content_metadata,
+        "quantised": {},
     }
 
 

@@ -7,11 +7,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from shardway.core.errors import ShardwayError
 from shardway.core.tiles import Side, Tile, identity
 from shardway.families.config import HFConfig
 from shardway.families.layout import Layout, layout_of
 from shardway.families.mapping import map_model, variants_in
 from shardway.formats.huggingface import CONFIG_FILE, HuggingFaceCheckpoint
+from shardway.formats.quantised import computed_as, count_schemes, present
 from shardway.formats.record import read_record
 from shardway.plans.matching import padded_rows
 from shardway.plans.model import Direction, Plan
@@ -25,11 +27,12 @@ from shardway.verification.opening import Checkpoint, in_whole_bytes, open_check
 from shardway.verification.report import Difference, VerifyReport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from shardway.core.errors import Problem
     from shardway.core.tensors import Catalog, Shape, StoredTensor
     from shardway.families.mapping import ModelMapping
+    from shardway.formats.quantised import Quantised
     from shardway.formats.record import ChunkDigests
     from shardway.formats.torch_dist import TorchDistCheckpoint
     from shardway.plans.weights import ModelState
@@ -100,6 +103,7 @@ def verify(
         num_digests=len(pair.digests),
         differences=tuple(differences),
         seconds=time.perf_counter() - began,
+        dequantised=count_schemes(pair.plan.quantised),
     )
 
 
@@ -136,12 +140,40 @@ class _Pair(NamedTuple):
 def _pair(a: Checkpoint, b: Checkpoint) -> _Pair:
     if isinstance(a, HuggingFaceCheckpoint):
         if isinstance(b, HuggingFaceCheckpoint):
-            return _same_kind(in_whole_bytes(a.catalog), in_whole_bytes(b.catalog), {}, {})
+            return _both_hf(a, b)
         return _across(a, b, ("the first", "the second"))
     if isinstance(b, HuggingFaceCheckpoint):
         return _across(b, a, ("the second", "the first"))
     ours, theirs = model_state(a), model_state(b)
     return _same_kind(ours.catalog, theirs.catalog, _digests(a, ours), _digests(b, theirs))
+
+
+def _both_hf(a: HuggingFaceCheckpoint, b: HuggingFaceCheckpoint) -> _Pair:
+    """Two Hugging Face checkpoints: what is stored, unless only one is quantised; then its values."""
+    shown = _shown_values(a), _shown_values(b)
+    if bool(shown[0].quantised) == bool(shown[1].quantised):
+        return _same_kind(in_whole_bytes(a.catalog), in_whole_bytes(b.catalog), {}, {})
+    sides = ("the first", "the second")
+    values, plain = shown
+    if shown[1].quantised:
+        sides, values, plain = sides[::-1], plain, values
+    dtypes = {name: tensor.dtype for name, tensor in plain.catalog.tensors.items()}
+    values = computed_as(values, dtypes)
+    tiles = [identity(name, name, tensor.shape) for name, tensor in plain.catalog.tensors.items()]
+    left, right = in_whole_bytes(values.catalog), in_whole_bytes(plain.catalog)
+    return _by_tiles(tiles, left, right, sides, {}, values.quantised)
+
+
+def _shown_values(checkpoint: HuggingFaceCheckpoint) -> HuggingFaceCheckpoint:
+    """A checkpoint with the values of quantised weights.
+
+    Raises:
+        ShardwayError: What is wrong with their scales.
+    """
+    found = present(checkpoint)
+    if found.faults:
+        raise ShardwayError(found.faults)
+    return found
 
 
 def _digests(checkpoint: TorchDistCheckpoint, state: ModelState) -> ChunkDigests:
@@ -151,6 +183,7 @@ def _digests(checkpoint: TorchDistCheckpoint, state: ModelState) -> ChunkDigests
 
 def _across(hf: HuggingFaceCheckpoint, mcore: TorchDistCheckpoint, sides: tuple[str, str]) -> _Pair:
     """A Hugging Face and a Megatron checkpoint, by the mapping of the former's architecture."""
+    hf = _shown_values(hf)
     config = HFConfig(hf.config, str(hf.catalog.root / CONFIG_FILE))
     state = model_state(mcore)
     keys = state.catalog.tensors
@@ -178,7 +211,10 @@ def _across(hf: HuggingFaceCheckpoint, mcore: TorchDistCheckpoint, sides: tuple[
         ]
         fit.append(ok)
     tiles = [tile for tile in mapping.tiles if tile.hf.tensor in fit[0] and tile.mcore.tensor in fit[1]]
-    return _compared(tiles, hf.catalog, state.catalog, differences, _digests(mcore, state), mapping)
+    if hf.quantised:
+        hf = computed_as(hf, {tile.hf.tensor: keys[tile.mcore.tensor].dtype for tile in tiles})
+    digests = _digests(mcore, state)
+    return _compared(tiles, hf.catalog, state.catalog, differences, digests, mapping, hf.quantised)
 
 
 def _same_kind(a: Catalog, b: Catalog, a_digests: ChunkDigests, b_digests: ChunkDigests) -> _Pair:
@@ -213,7 +249,14 @@ def _unstack(tensors: Iterable[StoredTensor]) -> list[Tile]:
     return tiles
 
 
-def _by_tiles(tiles: list[Tile], hf: Catalog, mcore: Catalog, sides: tuple[str, str], digests: ChunkDigests) -> _Pair:
+def _by_tiles(
+    tiles: list[Tile],
+    hf: Catalog,
+    mcore: Catalog,
+    sides: tuple[str, str],
+    digests: ChunkDigests,
+    quantised: Mapping[str, Quantised] | None = None,
+) -> _Pair:
     """Compare by tiles of which each is the whole of its tensor on the side called hf."""
     differences: list[Difference] = []
     known = {tile.hf.tensor: tile for tile in tiles}
@@ -227,7 +270,7 @@ def _by_tiles(tiles: list[Tile], hf: Catalog, mcore: Catalog, sides: tuple[str, 
         else:
             fit.append(tile)
     differences += [_missing(name, sides[1]) for name in hf.tensors if name not in known]
-    return _compared(fit, hf, mcore, differences, digests)
+    return _compared(fit, hf, mcore, differences, digests, quantised=quantised)
 
 
 def _compared(
@@ -237,6 +280,7 @@ def _compared(
     differences: list[Difference],
     digests: ChunkDigests,
     mapping: ModelMapping | None = None,
+    quantised: Mapping[str, Quantised] | None = None,
 ) -> _Pair:
     mistyped = {}
     held = mapping.dtypes if mapping else {}
@@ -249,7 +293,9 @@ def _compared(
     carried = {name: tensor for name, tensor in mcore.tensors.items() if name in wanted}
     streams = build_streams(tiles, hf.tensors, carried)
     shifts = mapping.shifts if mapping else {}
-    plan = Plan(direction=Direction.COMPARE, hf=hf, mcore=mcore, streams=streams, shifts=shifts)
+    compared = {tile.hf.tensor for tile in tiles}
+    sources = {name: source for name, source in (quantised or {}).items() if name in compared}
+    plan = Plan(direction=Direction.COMPARE, hf=hf, mcore=mcore, streams=streams, shifts=shifts, quantised=sources)
     return _Pair(plan, differences, digests)
 
 

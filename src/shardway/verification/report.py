@@ -44,6 +44,7 @@ class VerifyReport:
         num_digests: Recorded digests that were checked: of chunks and, for one checkpoint, of files.
         differences: Everything that differs, by tensor name.
         seconds: Wall-clock time.
+        dequantised: Number of tensors whose values were computed from quantised ones to be compared, by scheme.
     """
 
     a: str
@@ -54,6 +55,7 @@ class VerifyReport:
     num_digests: int
     differences: tuple[Difference, ...]
     seconds: float
+    dequantised: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, object]:
         """The report as JSON-ready data."""

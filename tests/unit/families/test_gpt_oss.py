@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from tests.property.tilings import indices
-from tests.tiny import Array, same
 
 from shardway.families.config import HFConfig
-from shardway.families.mapping import map_model, variants_in
+from shardway.families.mapping import map_model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from tests.tiny import Array
 
     from shardway.families.mapping import ModelMapping
 
@@ -63,41 +64,28 @@ def carried(mapping: ModelMapping, arrays: Mapping[str, Array]) -> dict[str, Arr
     return made
 
 
-def test_both_orientations_give_the_same_experts() -> None:
+def test_columns_of_gate_and_up_take_turns_and_experts_are_turned_round() -> None:
     at = "model.layers.1.mlp.experts"
     numbers = iter(range(0, 10**6, 1000))
 
     def numbered(*shape: int) -> Array:
         return np.arange(math.prod(shape)).reshape(shape) + next(numbers)
 
-    plain = {
-        f"{at}.gate_up_proj": numbered(EXPERTS, WIDTH, 2 * WIDTH),
-        f"{at}.down_proj": numbered(EXPERTS, WIDTH, WIDTH),
+    first, second = numbered(EXPERTS, WIDTH, 2 * WIDTH), numbered(EXPERTS, WIDTH, WIDTH)
+    bias = numbered(EXPERTS, 2 * WIDTH)
+    tensors = {
+        f"{at}.gate_up_proj": first,
+        f"{at}.down_proj": second,
+        f"{at}.gate_up_proj_bias": bias,
+        f"{at}.down_proj_bias": numbered(EXPERTS, WIDTH),
     }
-    turned = {name: array.transpose(0, 2, 1) for name, array in plain.items()}
-    biases = {f"{at}.gate_up_proj_bias": numbered(EXPERTS, 2 * WIDTH), f"{at}.down_proj_bias": numbered(EXPERTS, WIDTH)}
-    from_plain = carried(map_model(CONFIG, variants={"mxfp4": False}), plain | biases)
-    from_blocks = carried(map_model(CONFIG, variants={"mxfp4": True}), turned | biases)
-    assert same(from_plain, from_blocks)
+    found = carried(map_model(CONFIG), tensors)
     key = "decoder.layers.mlp.experts.experts"
-    first, second = turned[f"{at}.gate_up_proj"], turned[f"{at}.down_proj"]
-    fc1 = np.concatenate([first[:, 0::2], first[:, 1::2]], axis=1)
-    assert (from_plain[f"{key}.linear_fc1.weight"][1] == fc1).all()
-    assert (from_plain[f"{key}.linear_fc2.weight"][1] == second).all()
-    bias = biases[f"{at}.gate_up_proj_bias"]
-    assert (from_plain[f"{key}.linear_fc1.bias"][1] == np.concatenate([bias[:, 0::2], bias[:, 1::2]], axis=1)).all()
-
-
-def test_blocks_tell_the_orientation_and_exports_do_not_go_back_to_it() -> None:
-    names = list(map_model(CONFIG).hf)
-    blocks = [
-        name.replace("_proj", "_proj_blocks") if name.endswith(("up_proj", "experts.down_proj")) else name
-        for name in names
-    ]
-    assert variants_in(CONFIG, hf=names)["mxfp4"] is False
-    assert variants_in(CONFIG, hf=blocks)["mxfp4"] is True
-    keys = list(map_model(CONFIG).mcore)
-    assert variants_in(CONFIG, mcore=keys, recorded={"mxfp4": True, "te": True}) == {"mxfp4": False, "te": True}
+    turned = first.transpose(0, 2, 1)
+    fc1 = np.concatenate([turned[:, 0::2], turned[:, 1::2]], axis=1)
+    assert (found[f"{key}.linear_fc1.weight"][1] == fc1).all()
+    assert (found[f"{key}.linear_fc2.weight"][1] == second.transpose(0, 2, 1)).all()
+    assert (found[f"{key}.linear_fc1.bias"][1] == np.concatenate([bias[:, 0::2], bias[:, 1::2]], axis=1)).all()
 
 
 def test_both_spellings_of_the_config_say_the_same() -> None:
