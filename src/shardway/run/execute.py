@@ -83,7 +83,7 @@ def execute(
             for offset, literal in target.literals:
                 written.write_from(target.name, literal, offset)
         streams = unfinished(plan, finished.files)
-        waves = [Wave((), tuple(streams), ())] if supply is None else in_waves(plan, streams, supply.others)
+        waves = [Wave((), streams, ())] if supply is None else in_waves(plan, streams, supply.others)
         work = [batches(wave.streams, _import_file if importing else _export_file) for wave in waves]
         noted = FinishedFiles(
             plan, [batch for each in work for batch in each], journal, lambda: [mover.digests for mover in movers]
