@@ -11,14 +11,19 @@ import json
 import shutil
 import statistics
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.measure import program, run
 
-from shardway.core.dtypes import BFLOAT16
+from shardway.core.dtypes import BFLOAT16, FLOAT32, dtype_of_torch
 from shardway.families.config import HFConfig
 from shardway.families.mapping import map_model
 from shardway.formats.safetensors import lay_out
 from shardway.formats.sharding import index_json, shard_tensors
+
+if TYPE_CHECKING:
+    from shardway.core.dtypes import DType
+    from shardway.core.tensors import Shape
 
 # config.json of deepseek-ai/DeepSeek-V3 and moonshotai/Kimi-K2-Instruct, as far as it decides about tensors.
 _DEEPSEEK_V3 = {
@@ -56,8 +61,10 @@ _DEEPSEEK_V3 = {
     "v_head_dim": 128,
     "vocab_size": 129280,
 }
+_FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
 MODELS = {
     "DeepSeek-V3": _DEEPSEEK_V3,
+    "DeepSeek-V3, FP8 as released": _DEEPSEEK_V3 | {"quantization_config": _FP8},
     "Kimi-K2": _DEEPSEEK_V3
     | {
         "first_k_dense_replace": 1,
@@ -78,10 +85,12 @@ MODELS = {
 def make(path: Path, config: dict[str, object]) -> tuple[int, int]:
     """Write a directory whose safetensors files have real headers and no weights; tensors and bytes of it."""
     mapping = map_model(HFConfig(config))
-    names = mapping.with_copies(mapping.aliases).hf
+    tensors = [(name, BFLOAT16, shape) for name, shape in mapping.with_copies(mapping.aliases).hf.items()]
+    if "quantization_config" in config:
+        tensors = [stored for tensor in tensors for stored in _quantised(*tensor)]
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(config))
-    shards = shard_tensors([(name, BFLOAT16, shape) for name, shape in names.items()], 8 * 10**9)
+    shards = shard_tensors(tensors, 8 * 10**9)
     (path / "model.safetensors.index.json").write_bytes(index_json(shards))
     num_bytes = 0
     for shard in shards:
@@ -90,7 +99,15 @@ def make(path: Path, config: dict[str, object]) -> tuple[int, int]:
             file.write(layout.header)
             file.truncate(layout.num_bytes)
         num_bytes += layout.num_bytes
-    return len(names), num_bytes
+    return len(tensors), num_bytes
+
+
+def _quantised(name: str, dtype: DType, shape: Shape) -> list[tuple[str, DType, Shape]]:
+    """What a release in FP8 blocks stores of a tensor: projections are quantised, all else is as it is."""
+    if not name.endswith(("_proj.weight", "_with_mqa.weight")) or name.endswith("eh_proj.weight"):
+        return [(name, dtype, shape)]
+    grid = tuple(-(-extent // 128) for extent in shape)
+    return [(name, dtype_of_torch("float8_e4m3fn"), shape), (f"{name}_scale_inv", FLOAT32, grid)]
 
 
 def main() -> None:
@@ -110,7 +127,7 @@ def main() -> None:
         )
         cpu = statistics.median(sample.cpu_seconds for sample in samples)
         print(
-            f"{name:<12} {num_tensors:>7,} tensors, {num_bytes / 1e12:.2f} TB: "
+            f"{name:<28} {num_tensors:>7,} tensors, {num_bytes / 1e12:.2f} TB: "
             f"{seconds:.2f} s ({cpu:.2f} s of a processor), {peak / 2**20:,.0f} MiB at most"
         )
 

@@ -305,7 +305,7 @@ def _replace_cuda() -> None:
     import torch
     from megatron.core import tensor_parallel
     from megatron.core.fusions import fused_softmax
-    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer import multi_latent_attention, torch_norm
     from megatron.core.transformer.moe import moe_utils
     from torch.overrides import TorchFunctionMode
 
@@ -325,9 +325,21 @@ def _replace_cuda() -> None:
         with OnCpu():
             return window_mask(*args)
 
+    torch_norm_of = torch_norm.WrappedTorchNorm.__new__
+
+    class OverOnePlus(torch.nn.RMSNorm):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.rms_norm(hidden, self.normalized_shape, 1 + self.weight, self.eps)
+
+    def norm(cls: Any, config: Any, hidden_size: int, eps: float = 1e-5, **others: Any) -> Any:
+        if config.layernorm_zero_centered_gamma and config.normalization == "RMSNorm":
+            return OverOnePlus(hidden_size, eps)
+        return torch_norm_of(cls, config, hidden_size, eps, **others)
+
     mock.patch.object(torch.cuda, "current_device", return_value=torch.device("cpu")).start()
     mock.patch.object(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor).start()
     mock.patch.object(tensor_parallel, "get_cuda_rng_tracker", NoGenerators).start()
+    mock.patch.object(torch_norm.WrappedTorchNorm, "__new__", norm).start()
     mock.patch.object(moe_utils, "te_general_gemm", None, create=True).start()
     mock.patch.object(multi_latent_attention, "TELinear", type("TELinear", (), {})).start()
     mock.patch.object(fused_softmax, "get_sliding_window_causal_mask", window_mask_on_cpu).start()
@@ -389,12 +401,14 @@ def _build(job: Mapping[str, Any]) -> Any:
     )
     for name, value in attributes.items():  # GPTModel reads these from the config, which has no fields for them
         setattr(config, name, value)
-    if config.num_moe_experts or config.multi_latent_attention:
+    if config.num_moe_experts or config.multi_latent_attention or config.experimental_attention_variant:
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization)
     else:
         spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     if job["wide_norms"]:
         _widen_norms(spec.layer_specs)
+    if config.experimental_attention_variant == "gated_delta_net":
+        spec = _with_delta_nets(spec, config)
     if config.multi_latent_attention:
         _attend(spec.layer_specs)
     predicting = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False) if config.mtp_num_layers else None
@@ -450,6 +464,41 @@ def _attend(layers: Sequence[Any]) -> None:
 
     for layer in layers:
         layer.submodules.self_attention.submodules.core_attention = Attention
+
+
+def _with_delta_nets(spec: Any, config: Any) -> Any:
+    """Put megatron-core's gated delta nets into layers of its own; there is a spec for Transformer Engine alone.
+
+    The module computes with torch alone in its deterministic mode, but for one norm, for which it asks fla.
+    """
+    import copy
+
+    import torch
+    from megatron.core.ssm import gated_delta_net
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    def l2norm(heads: torch.Tensor) -> torch.Tensor:
+        return heads * torch.rsqrt(heads.square().sum(-1, keepdim=True) + 1e-6)
+
+    mock.patch.object(gated_delta_net, "HAVE_FLA", new=True).start()
+    mock.patch.object(gated_delta_net, "l2norm", l2norm, create=True).start()
+    config.deterministic_mode = True
+    submodules = gated_delta_net.GatedDeltaNetSubmodules(
+        in_proj=ColumnParallelLinear, out_norm=WrappedTorchNorm, out_proj=RowParallelLinear
+    )
+    layers = []
+    for layer, is_delta in zip(spec.layer_specs, config.linear_attention_freq, strict=True):
+        changed = copy.deepcopy(layer)
+        if is_delta:
+            changed.submodules.self_attention = ModuleSpec(module=gated_delta_net.GatedDeltaNet, submodules=submodules)
+            changed.submodules.sharded_state_dict_keys_map = {
+                **changed.submodules.sharded_state_dict_keys_map,
+                "input_layernorm.": "self_attention.in_proj.layer_norm_",
+            }
+        layers.append(changed)
+    return dataclasses.replace(spec, layer_specs=layers)
 
 
 def _activation(name: str) -> Any:

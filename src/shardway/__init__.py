@@ -2,8 +2,8 @@
 
 `import_hf` and `export_hf` convert checkpoints, `verify` compares two of any kind or holds one against its record,
 `inspect` looks into one and `plan` says what a conversion would do. `is_complete` tells whether something is a whole
-checkpoint, `clean` removes what killed runs have left. None of them needs torch, a GPU or a process group. `AutoBridge`
-saves live models.
+checkpoint, `clean` removes what killed runs have left, `push_hf` uploads an export to the Hub. None of them needs
+torch, a GPU or a process group. `AutoBridge` saves live models.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from shardway.convert.exporting import export_hf
     from shardway.convert.importing import import_hf
     from shardway.convert.planning import PlanReport, plan
+    from shardway.convert.pushing import PushReport, push_hf
     from shardway.convert.report import ConversionReport
     from shardway.core.errors import Code, Problem, ShardwayError
     from shardway.run.cleaning import CleanReport, clean
@@ -36,6 +37,7 @@ _HOMES = {
     "PlanReport": "convert.planning",
     "Problem": "core.errors",
     "Progress": "run.progress",
+    "PushReport": "convert.pushing",
     "ShardwayError": "core.errors",
     "VerifyReport": "verification.report",
     "clean": "run.cleaning",
@@ -44,6 +46,7 @@ _HOMES = {
     "inspect": "verification.inspection",
     "is_complete": "verification.complete",
     "plan": "convert.planning",
+    "push_hf": "convert.pushing",
     "verify": "verification.pair",
 }
 
@@ -56,6 +59,7 @@ __all__ = [
     "PlanReport",
     "Problem",
     "Progress",
+    "PushReport",
     "ShardwayError",
     "VerifyReport",
     "__version__",
@@ -65,6 +69,7 @@ __all__ = [
     "inspect",
     "is_complete",
     "plan",
+    "push_hf",
     "verify",
 ]
 

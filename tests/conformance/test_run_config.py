@@ -54,6 +54,13 @@ PREDICTING = {
     "keep_mtp_spec_in_bf16", "mtp_hybrid_override_pattern", "mtp_loss_scaling_factor", "mtp_num_layers",
     "mtp_use_repeated_layer",
 }  # fmt: skip
+DELTA = {
+    "attention_output_gate", "experimental_attention_variant", "hetereogenous_dist_checkpoint",
+    "layernorm_zero_centered_gamma", "linear_attention_freq", "linear_key_head_dim", "linear_num_key_heads",
+    "linear_num_value_heads", "linear_value_head_dim", "moe_router_dtype", "moe_router_load_balancing_type",
+    "moe_shared_expert_gate", "moe_shared_expert_intermediate_size", "qk_layernorm", "rotary_percent",
+    "transformer_layer_spec",
+}  # fmt: skip
 NEEDED = {
     "llama": GPT | FUSED,
     "qwen3": GPT | {"qk_layernorm"},
@@ -62,6 +69,7 @@ NEEDED = {
     "deepseek_v3_mtp": GPT | EXPERTS | SIGMOID | LATENT | {"mtp_num_layers"},
     "nemotron_h": HYBRID,
     "nemotron_h_super": HYBRID | PREDICTING | {"moe_latent_size"},
+    "qwen3_next": GPT | EXPERTS | DELTA,
 }
 
 

@@ -1,4 +1,4 @@
-"""Conversions on a machine that has neither torch nor transformers, megatron or safetensors."""
+"""Conversions on a machine that has neither torch nor transformers, megatron, safetensors or huggingface_hub."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     Run = Callable[[str], list[str]]
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
-ABSENT = ("torch", "transformers", "megatron", "safetensors")
+ABSENT = ("torch", "transformers", "megatron", "safetensors", "huggingface_hub")
 
 # Modules that are asked for and blocked count, also where the question was wrapped in `except ImportError`.
 PRELUDE = f"""

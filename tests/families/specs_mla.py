@@ -53,6 +53,10 @@ MOONLIGHT = DEEPSEEK_V3 | {
 }
 DEEPSEEK_V2 = LATENT | EXPERTS | {"topk_method": "greedy", "n_group": 1, "topk_group": 1}
 
+GLM4_MOE_LITE = {key: value for key, value in (LATENT | EXPERTS).items() if key != "first_k_dense_replace"}
+GLM_MOE_DSA = LATENT | EXPERTS | {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 32}
+NO_INDEXER = "megatron-core builds indexers of Transformer Engine's layers alone, and its sparse attention needs a GPU"
+
 
 def _predicting_one(path: Path) -> None:
     """A layer of multi-token prediction with its copies of embedding and head, as DeepSeek-V3 is released."""
@@ -109,5 +113,22 @@ SPECS = (
         "deepseek_v2_groups",
         "DeepseekV2",
         DEEPSEEK_V2 | {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "num_experts_per_tok": 2},
+    ),
+    _spec("glm4_moe_lite", "Glm4MoeLite", GLM4_MOE_LITE | {"rms_norm_eps": 1e-6}, edit=_predicting_one),
+    _spec(
+        "glm4_moe_lite_packed",
+        "Glm4MoeLite",
+        GLM4_MOE_LITE | {"q_lora_rank": None, "mlp_layer_types": ["dense", "dense", "sparse"]},
+        packed=True,
+        tolerance=5e-4,  # transformers adds another epsilon in the norms of latent vectors
+    ),
+    _spec("glm_moe_dsa", "GlmMoeDsa", GLM_MOE_DSA, edit=_predicting_one, megatron=NO_INDEXER),
+    # As in GLM-5.2: some layers attend to what an earlier one has picked.
+    _spec(
+        "glm_moe_dsa_shared",
+        "GlmMoeDsa",
+        GLM_MOE_DSA | {"num_hidden_layers": 5, "indexer_types": ["full", "full", "shared", "shared", "full"]},
+        packed=True,
+        megatron=NO_INDEXER,
     ),
 )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.families.registry import FAMILIES
 from shardway.formats.huggingface import CONFIG_FILE, is_tokenizer_file, read_companions, read_small_files
+from shardway.hub.client import cached_snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -520,16 +521,9 @@ def _directory(path: str | os.PathLike[str]) -> Path:
     root = Path(path)
     if root.exists():
         return root
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-    except ImportError:
-        pass
-    else:
-        try:
-            return Path(snapshot_download(os.fspath(path), local_files_only=True))
-        except (HFValidationError, LocalEntryNotFoundError):
-            pass
+    found = cached_snapshot(os.fspath(path))
+    if found is not None:
+        return found
     raise ShardwayError(
         Problem(
             code=Code.NOT_A_CHECKPOINT,

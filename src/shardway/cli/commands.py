@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from typing import TYPE_CHECKING
 
 from shardway.cli.progress import progress_display
 from shardway.cli.text import harmless, human_bytes, human_count, plural, table
+from shardway.core.errors import Code, Problem, ShardwayError
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Mapping
 
     from shardway.convert.planning import PlanReport
+    from shardway.convert.pushing import PushReport
     from shardway.convert.report import ConversionReport
-    from shardway.core.errors import Problem, ShardwayError
     from shardway.verification.inspection import InspectReport
     from shardway.verification.report import Difference
 
@@ -72,6 +74,8 @@ def _import(chosen: argparse.Namespace) -> int:
             max_file_size=chosen.max_file_size,
             fsync=not chosen.no_fsync,
             verify=chosen.verify,
+            revision=chosen.revision,
+            keep_source=not chosen.no_keep_source,
             progress=progress,
         )
     _print_conversion("imported", report, chosen)
@@ -81,6 +85,12 @@ def _import(chosen: argparse.Namespace) -> int:
 def _export(chosen: argparse.Namespace) -> int:
     from shardway.convert.exporting import export_hf
 
+    if chosen.push is not None:
+        from shardway.convert.pushing import check_push
+
+        check_push(chosen.push)
+    elif chosen.private or chosen.revision is not None:
+        raise ShardwayError(Problem(code=Code.OPTION_INVALID, what="--private and --revision go with --push"))
     with progress_display(quiet=chosen.quiet) as progress:
         report = export_hf(
             chosen.source,
@@ -95,13 +105,37 @@ def _export(chosen: argparse.Namespace) -> int:
             verify=chosen.verify,
             progress=progress,
         )
-    _print_conversion("exported", report, chosen)
+    pushed = _push(chosen) if chosen.push is not None else None
+    _print_conversion("exported", report, chosen, {} if pushed is None else {"pushed": pushed.to_dict()})
+    if pushed is not None and not chosen.json and not chosen.quiet:
+        print(f"  pushed to {pushed.url}, branch {pushed.revision}, commit {pushed.commit[:12]}")
     return 0
 
 
-def _print_conversion(verb: str, report: ConversionReport, chosen: argparse.Namespace) -> None:
+def _push(chosen: argparse.Namespace) -> PushReport:
+    """Push what was exported; an error says that the export itself is done."""
+    from shardway.convert.pushing import push_hf
+
+    try:
+        return push_hf(
+            chosen.destination,
+            chosen.push,
+            private=chosen.private or None,
+            revision=chosen.revision,
+            source=chosen.source,
+        )
+    except ShardwayError as error:
+        done = f"the export is whole, at {chosen.destination}; with --if-exists reuse only the push is done again"
+        raise ShardwayError(
+            dataclasses.replace(problem, facts=(*problem.facts, done)) for problem in error.problems
+        ) from error
+
+
+def _print_conversion(
+    verb: str, report: ConversionReport, chosen: argparse.Namespace, more: Mapping[str, object] | None = None
+) -> None:
     if chosen.json:
-        print(json.dumps(report.to_dict(), indent=2))
+        print(json.dumps({**report.to_dict(), **(more or {})}, indent=2))
     if chosen.json or chosen.quiet:
         return
     folder = f"/{report.iteration}" if verb == "imported" else ""
@@ -126,7 +160,7 @@ def _verify(chosen: argparse.Namespace) -> int:
     from shardway.verification.pair import verify
 
     with progress_display(quiet=chosen.quiet) as progress:
-        report = verify(chosen.a, chosen.b, workers=chosen.workers, progress=progress)
+        report = verify(chosen.a, chosen.b, workers=chosen.workers, revision=chosen.revision, progress=progress)
     if chosen.json:
         print(json.dumps(report.to_dict(), indent=2))
     elif report.equal and report.b is None and not chosen.quiet:
@@ -172,7 +206,9 @@ def _inspect(chosen: argparse.Namespace) -> int:
     from shardway.verification.inspection import inspect
 
     with progress_display(quiet=chosen.quiet) as progress:
-        report = inspect(chosen.path, digest=chosen.digest, workers=chosen.workers, progress=progress)
+        report = inspect(
+            chosen.path, digest=chosen.digest, workers=chosen.workers, revision=chosen.revision, progress=progress
+        )
     if chosen.json:
         print(json.dumps(report.to_dict(), indent=2))
     elif not chosen.quiet:
@@ -219,6 +255,7 @@ def _plan(chosen: argparse.Namespace) -> int:
         layout=chosen.layout,
         max_file_size=chosen.max_file_size,
         max_shard_size=chosen.max_shard_size,
+        revision=chosen.revision,
     )
     if chosen.json:
         print(json.dumps(report.to_dict(), indent=2))

@@ -63,7 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
 
     command = _command(commands, "import", "Hugging Face directory -> Megatron checkpoint")
-    command.add_argument("source", metavar="SRC", help="directory with config.json and *.safetensors")
+    command.add_argument(
+        "source", metavar="SRC", help="directory with config.json and *.safetensors, or org/name on the Hub"
+    )
     command.add_argument("destination", metavar="DST", help="root of the Megatron checkpoint to write")
     _add_dtype(command)
     _add_layout(command)
@@ -89,6 +91,12 @@ def build_parser() -> argparse.ArgumentParser:
     which = command.add_mutually_exclusive_group()
     which.add_argument("--iteration", type=int, default=0, metavar="N", help="number of the iteration (default: 0)")
     which.add_argument("--release", action="store_true", help="write release/ instead of an iteration")
+    _add_revision(command)
+    command.add_argument(
+        "--no-keep-source",
+        action="store_true",
+        help="of what is fetched from the Hub, keep two files at a time and none in the end",
+    )
     _add_running(command)
     command.add_argument("--max-file-size", default="4GiB", metavar="SIZE", help="largest .distcp file (default: 4GiB)")
     _add_output(command)
@@ -101,11 +109,15 @@ def build_parser() -> argparse.ArgumentParser:
     _add_weights(command)
     _add_running(command)
     _add_shard_size(command)
+    command.add_argument("--push", metavar="ORG/NAME", help="then upload DST to this repository on the Hub")
+    command.add_argument("--private", action="store_true", help="make the repository a private one, if it is made")
+    command.add_argument("--revision", metavar="BRANCH", help="push to this branch (default: main)")
     _add_output(command)
 
     command = _command(commands, "verify", "compare two checkpoints bit for bit, or check one against its record")
     command.add_argument("a", metavar="A", help="Hugging Face directory, or Megatron root or iteration folder")
     command.add_argument("b", metavar="B", nargs="?", help="likewise; without it A is held against its own digests")
+    _add_revision(command)
     _add_workers(command)
     _add_output(command)
 
@@ -113,11 +125,13 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("path", metavar="PATH", help="Hugging Face directory, or Megatron root or iteration folder")
     command.add_argument("--tensors", action="store_true", help="list every tensor")
     command.add_argument("--digest", action="store_true", help="read every tensor and give its sha256")
+    _add_revision(command)
     _add_workers(command)
     _add_output(command)
 
     command = _command(commands, "plan", "what an import or export would read and write; writes nothing")
     command.add_argument("source", metavar="SRC", help="Hugging Face directory, or Megatron root or iteration folder")
+    _add_revision(command)
     _add_hf(command)
     _add_dtype(command)
     _add_weights(command)
@@ -170,6 +184,10 @@ def _add_layout(command: argparse.ArgumentParser) -> None:
         default="auto",
         help="layers stacked on a leading axis, or one key each (default: what Megatron expects)",
     )
+
+
+def _add_revision(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--revision", metavar="R", help="branch, tag or commit of a repository on the Hub")
 
 
 def _add_hf(command: argparse.ArgumentParser) -> None:

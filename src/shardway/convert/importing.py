@@ -20,7 +20,7 @@ from shardway.convert.options import (
 )
 from shardway.convert.report import ConversionReport
 from shardway.convert.turns import inode, resume, resumed_bytes, take_turn, work_key
-from shardway.core.errors import Code, Problems, ShardwayError
+from shardway.core.errors import Code, Problem, Problems, ShardwayError
 from shardway.families.bridge import BridgeVersion
 from shardway.families.config import HFConfig
 from shardway.families.layout import Layout
@@ -30,6 +30,7 @@ from shardway.formats.iterations import TRAIN_STATE
 from shardway.formats.quantised import count_schemes, names_by_scheme, present
 from shardway.formats.record import RECORD_FILE, Record
 from shardway.formats.torch_dist import iteration_folder
+from shardway.hub.names import is_repository, refuse_revision
 from shardway.plans.imports import ImportOptions, plan_import, widened
 from shardway.run.destination import Tracker, holds_checkpoint, in_the_way, publish_tracker
 from shardway.run.engine import parse_workers
@@ -43,11 +44,14 @@ from shardway.verification.compare import check_copies, check_readable, compare_
 from shardway.verification.recording import digest_files
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from shardway.families.mapping import ModelMapping
     from shardway.formats.huggingface import HuggingFaceCheckpoint
+    from shardway.hub.source import HubSource
+    from shardway.hub.supply import HubSupply
     from shardway.plans.model import Plan
+    from shardway.run.lease import Lease
     from shardway.run.progress import Progress
 
 
@@ -67,6 +71,8 @@ def import_hf(
     max_file_size: str | int = "4GiB",
     fsync: bool = True,
     verify: bool = False,
+    revision: str | None = None,
+    keep_source: bool = True,
     progress: Callable[[Progress], None] | None = None,
 ) -> ConversionReport:
     """Convert a Hugging Face checkpoint to a Megatron ``torch_dist`` checkpoint that appears whole or not at all.
@@ -76,7 +82,8 @@ def import_hf(
     the size of the model. An existing checkpoint is never changed in place.
 
     Args:
-        source: Directory with ``config.json`` and ``*.safetensors``.
+        source: Directory with ``config.json`` and ``*.safetensors``; or ``"org/name"``, a repository on the Hub, where
+            there is nothing of that name: what is missing in the local cache is fetched, never code.
         destination: Root of the checkpoint; gets ``iter_0000000/`` (or ``release/``) and the tracker file.
         dtype: ``"auto"`` keeps every tensor's bits; ``"bf16"``, ``"fp16"``, ``"fp32"`` cast floating-point tensors.
         layout: ``"stacked"`` (layers on a leading axis), ``"per-layer"``, or ``"auto"`` for what Megatron expects.
@@ -93,6 +100,10 @@ def import_hf(
         max_file_size: No ``.distcp`` file grows larger: bytes, or text such as ``"4GiB"``.
         fsync: Force everything to the device before it is published.
         verify: Read the result back and compare it with the source before it is published.
+        revision: Of a repository on the Hub: branch, tag or commit; by default ``main``.
+        keep_source: Whether what is fetched from the Hub stays in the local cache. Otherwise two files or few more are
+            there at a time, beside the destination; where the network fails, what is done stays for the same call to go
+            on with.
         progress: Called from the worker threads, one call at a time.
 
     Returns:
@@ -103,7 +114,7 @@ def import_hf(
             nothing is left behind.
     """
     began = time.perf_counter()
-    root, origin = Path(destination), Path(source)
+    root = Path(destination)
     exists = choice("if_exists", if_exists, IfExists)
     num_workers = parse_workers(workers)
     if not 0 <= iteration < 10**7:
@@ -119,8 +130,51 @@ def import_hf(
         iteration=None if release else iteration,
         max_file_bytes=parse_size("max_file_size", max_file_size),
     )
+    running = _Running(
+        source=str(source),
+        began=began,
+        exists=exists,
+        num_workers=num_workers,
+        fsync=fsync,
+        verify=verify,
+        progress=progress,
+    )
+    if not is_repository(source):
+        refuse_revision(source, revision)
+        if not keep_source:
+            what = f"{source} is not the name of a repository on the Hub; it stays where it is"
+            raise ShardwayError(Problem(code=Code.OPTION_INVALID, what=what))
+        return _import(Path(source), None, root, options, _Names(chosen, names), running)
+    if verify and not keep_source:
+        what = "verify=True would have to read the source again, which keep_source=False does not keep"
+        cure = "leave one of them out; `shardway verify DST` holds the result against its digests at any time"
+        raise ShardwayError(Problem(code=Code.OPTION_INVALID, what=what, cure=cure))
+    from shardway.hub.source import open_hub
+
+    with open_hub(str(source), revision, keep=keep_source) as hub:
+        return _import(hub.root, hub, root, options, _Names(chosen, names), running)
+
+
+class _Running(NamedTuple):
+    """How an import goes about it."""
+
+    source: str
+    began: float
+    exists: IfExists
+    num_workers: int
+    fsync: bool
+    verify: bool
+    progress: Callable[[Progress], None] | None
+
+
+def _import(
+    origin: Path, hub: HubSource | None, root: Path, options: ImportOptions, names: _Names, running: _Running
+) -> ConversionReport:
+    """Import from a directory, or from a repository of which the directory shows the headers."""
+    exists, num_workers, fsync, verify = running.exists, running.num_workers, running.fsync, running.verify
+    progress = running.progress
     snapshot = Snapshot(origin)
-    job = _prepare(origin, root, options, _Names(chosen, names), exists, snapshot)
+    job = _prepare(origin, hub, root, options, names, exists, snapshot)
     checkpoint, mapping, plan, wanted = job.checkpoint, job.mapping, job.plan, job.wanted
 
     def report(*, reused: bool, resumed: int = 0, notes: tuple[str, ...] = ()) -> ConversionReport:
@@ -130,8 +184,8 @@ def import_hf(
             kind = (source_of.codes if source_of else checkpoint.catalog.tensors[name]).dtype.name
             dtypes[kind] = dtypes.get(kind, 0) + 1
         return ConversionReport(
-            source=str(source),
-            destination=str(destination),
+            source=running.source,
+            destination=str(root),
             architecture=mapping.architecture,
             family=mapping.family,
             layout=mapping.layout.value,
@@ -141,11 +195,11 @@ def import_hf(
             num_bytes=plan.mcore.num_bytes,
             dtypes=dtypes,
             num_files=len(plan.targets),
-            seconds=time.perf_counter() - began,
+            seconds=time.perf_counter() - running.began,
             reused=reused,
             resumed=resumed,
             verified=verify and not reused,
-            notes=plan.notes + notes,
+            notes=(hub.notes if hub is not None else ()) + plan.notes + notes,
             dequantised=count_schemes(checkpoint.quantised),
         )
 
@@ -167,15 +221,21 @@ def import_hf(
             return report(reused=True)
         if settled is Settled.UNNAMED:
             return report(reused=True, notes=publish_tracker(root, wanted.folder, options.iteration, sync=fsync))
-        check_copies(plan, num_workers)
+        supply = None
+        if hub is None:
+            check_copies(plan, num_workers)
+        else:
+            plan, supply = hub.supply(plan, lease.source, progress)
         staging = Staging(lease, replace=exists is IfExists.REPLACE, sync=fsync)
         finished, journal = resume(plan, lease, staging, num_workers, progress)
         with contextlib.closing(journal):
             meter = Meter("copy", plan.num_bytes, progress)
             meter.advance(resumed_bytes(plan, finished))
-            with unchanged((snapshot, job.reads)):
+            with unchanged((snapshot, job.reads)), _supplying(supply, lease):
                 losses = Losses()
-                digests = execute(plan, staging, origin, num_workers, meter.advance, {}, journal, finished, losses)
+                digests = execute(
+                    plan, staging, origin, num_workers, meter.advance, {}, journal, finished, losses, supply
+                )
                 files = digest_files(plan, staging.path)
                 staging.write(RECORD_FILE, wanted.record.with_digests(digests, files).to_json())
                 if verify:
@@ -190,6 +250,24 @@ def import_hf(
     if finished.files and plan.shifts:
         notes = (*notes, "values that were rounded in files of the earlier run are not counted here")
     return report(reused=False, resumed=len(finished.files), notes=notes)
+
+
+@contextlib.contextmanager
+def _supplying(supply: HubSupply | None, lease: Lease) -> Iterator[None]:
+    """Let files come while the context lasts; where they stop coming, leave what is staged for another run."""
+    if supply is None:
+        yield
+        return
+    from shardway.hub.source import is_passing
+
+    try:
+        with supply:
+            yield
+    except BaseException as error:
+        if is_passing(error) and not supply.keep:
+            lease.leave()
+        raise
+    supply.check_copies()
 
 
 class _Names(NamedTuple):
@@ -220,7 +298,13 @@ class _Job(NamedTuple):
 
 
 def _prepare(
-    origin: Path, root: Path, options: ImportOptions, names: _Names, exists: IfExists, snapshot: Snapshot
+    origin: Path,
+    hub: HubSource | None,
+    root: Path,
+    options: ImportOptions,
+    names: _Names,
+    exists: IfExists,
+    snapshot: Snapshot,
 ) -> _Job:
     """Plan an import and look at its destination; nothing is written.
 
@@ -236,7 +320,8 @@ def _prepare(
     if prepared is not None:
         checkpoint, mapping, plan = prepared
         reads = (*checkpoint.files, *(file.name for file in checkpoint.small_files))
-        record = _record(snapshot.fingerprint(reads), checkpoint, mapping, plan, options)
+        source = snapshot.fingerprint(reads) if hub is None else hub.fingerprint
+        record = _record(source, checkpoint, mapping, plan, options)
         wanted = Wanted(
             root=root,
             folder=folder,
@@ -255,8 +340,10 @@ def _prepare(
         elif holds_checkpoint(root, folder) and exists is IfExists.ERROR:
             raise holds_one(folder)
         if settled is Settled.NOTHING:
-            estimate = snapshot.num_bytes(".safetensors")
-            check_room(folder, bytes_needed(plan, origin, problems) if wanted is not None else estimate)
+            needed = snapshot.num_bytes(".safetensors")
+            if wanted is not None:
+                needed = bytes_needed(plan, origin, problems) + (hub.bytes_held(plan) if hub is not None else 0)
+            check_room(folder, needed)
     except ShardwayError as error:
         problems.extend(error.problems)
     problems.raise_if_any()

@@ -16,6 +16,7 @@ from shardway.families.mapping import map_model, variants_in
 from shardway.formats.huggingface import CONFIG_FILE, open_huggingface
 from shardway.formats.quantised import count_schemes, present
 from shardway.formats.torch_dist import iteration_folder, open_torch_dist
+from shardway.hub.names import is_repository, refuse_revision
 from shardway.plans.imports import ImportOptions, plan_import
 from shardway.verification.opening import is_megatron
 
@@ -83,26 +84,41 @@ def plan(
     layout: str = "auto",
     max_file_size: str | int = "4GiB",
     max_shard_size: str | int = "auto",
+    revision: str | None = None,
 ) -> PlanReport:
     """Say what importing a Hugging Face checkpoint, or exporting a Megatron one, would read and write.
 
     Only headers and metadata are read; nothing is written.
 
     Args:
-        source: A Hugging Face directory, or the root or an iteration folder of a Megatron checkpoint.
+        source: A Hugging Face directory, or the root or an iteration folder of a Megatron checkpoint; or ``"org/name"``
+            of a repository on the Hub, of which headers alone are fetched.
         hf: For an export: directory with the config, as for `export_hf`.
         dtype: As for `import_hf` and `export_hf`.
         weights: For an export, as for `export_hf`.
         layout: For an import, as for `import_hf`.
         max_file_size: For an import, as for `import_hf`.
         max_shard_size: For an export, as for `export_hf`.
+        revision: For a repository on the Hub, as for `import_hf`.
 
     Returns:
         The plan in numbers; problems that would stop the conversion are listed in it, not raised.
 
     Raises:
-        ShardwayError: `option-invalid`.
+        ShardwayError: `option-invalid`, and what looking up a repository raises.
     """
+    if is_repository(source):
+        from shardway.hub.source import open_hub
+
+        with open_hub(str(source), revision, keep=False) as hub:
+            report = plan(hub.root, dtype=dtype, layout=layout, max_file_size=max_file_size)
+            return dataclasses.replace(
+                report,
+                source=str(source),
+                problems=tuple(map(hub.spoken, report.problems)),
+                notes=(*hub.notes, *report.notes),
+            )
+    refuse_revision(source, revision)
     path = Path(source)
     if is_megatron(path):
         options = export_options(dtype, weights, max_shard_size)

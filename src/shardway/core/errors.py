@@ -70,6 +70,15 @@ class Code(enum.StrEnum):
     STORE_FAILED = "store-failed"
     # Live exports
     GATHER_FAILED = "gather-failed"
+    # The Hub
+    HUB_NOT_FOUND = "hub-not-found"
+    HUB_REVISION_MISSING = "hub-revision-missing"
+    HUB_GATED = "hub-gated"
+    HUB_OFFLINE = "hub-offline"
+    HUB_UNREACHABLE = "hub-unreachable"
+    HUB_REFUSED = "hub-refused"
+    DOWNLOAD_DAMAGED = "download-damaged"
+    EXTRA_MISSING = "extra-missing"
     # While running
     IO_FAILED = "io-failed"
     SOURCE_CHANGED = "source-changed"

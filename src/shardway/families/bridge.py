@@ -23,6 +23,10 @@ ACTIVATIONS = {
     "squared_relu": "megatron.core.activations.squared_relu",
 }
 BLOCK_SPEC = "megatron.core.models.gpt.gpt_layer_specs.get_gpt_decoder_block_spec"
+GDN_SPEC = (
+    "megatron.core.models.gpt.experimental_attention_variant_module_specs."
+    "get_transformer_block_with_experimental_attention_variant_spec"
+)
 MLA = "megatron.bridge.models.mla_provider.MLAModelProvider"
 
 # Types of parameters that Megatron trains in.
@@ -90,6 +94,8 @@ def _model(mapping: ModelMapping, dtype: str | None, version: BridgeVersion) -> 
             {"_target_": provider.layer_spec, **partial} if provider.layer_options else _function(provider.layer_spec)
         )
     target = provider.target
+    if version is BridgeVersion.V0_7 and fields.get("experimental_attention_variant") == "gated_delta_net":
+        fields["experimental_attention_variant"] = "gdn"
     if version is BridgeVersion.V0_3:
         fields = {name: value for name, value in fields.items() if not name.startswith(_SINCE_0_3)}
         if target == _HYBRID:

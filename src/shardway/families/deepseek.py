@@ -89,8 +89,7 @@ def _by_groups(config: HFConfig) -> bool:
     return config.get("topk_method") == "group_limited_greedy"
 
 
-LAYER = (
-    *mla.attention(),
+MLP = (
     *mla.NORM,
     *gqa.dense(gqa.GATED_MLP[1:]),
     *moe.router("model.layers.{i}.mlp.gate.weight", expert_bias="model.layers.{i}.mlp.gate.e_score_correction_bias"),
@@ -98,9 +97,11 @@ LAYER = (
     *moe.shared_experts("model.layers.{i}.mlp.shared_experts"),
 )
 
+_LAYER = (*mla.attention(), *MLP)
+
 FIELDS = (*mla.FIELDS, Field("num_experts_per_tok", "moe_router_topk"))
 
-CONSTANTS = (
+_CONSTANTS = (
     dict(mla.CONSTANTS)
     | dict(moe.CONSTANTS)
     | {
@@ -114,7 +115,7 @@ CONSTANTS = (
 DEEPSEEK_V3 = Family(
     name="deepseek_v3",
     architectures=("DeepseekV3ForCausalLM",),
-    rules=(gqa.EMBEDDINGS[0], *LAYER, *mla.mtp(LAYER), *gqa.EMBEDDINGS[1:]),
+    rules=(gqa.EMBEDDINGS[0], *_LAYER, *mla.mtp(_LAYER), *gqa.EMBEDDINGS[1:]),
     dims=dims,
     flags={
         "q_lora": mla.has_q_lora,
@@ -132,7 +133,7 @@ DEEPSEEK_V3 = Family(
     hf_keys={"num_moe_experts": "n_routed_experts"},
     restore=restore,
     fields=(*FIELDS, *moe.GROUP_FIELDS, Field("aux_loss_alpha", "moe_aux_loss_coeff", 1e-4)),
-    constants=CONSTANTS | dict(moe.SIGMOID),
+    constants=_CONSTANTS | dict(moe.SIGMOID),
     derived=derived,
     caveats=caveats,
     ignored=gqa.IGNORED,
@@ -152,7 +153,7 @@ DEEPSEEK_V2 = replace(
     DEEPSEEK_V3,
     name="deepseek_v2",
     architectures=("DeepseekV2ForCausalLM",),
-    rules=(gqa.EMBEDDINGS[0], *LAYER, *gqa.EMBEDDINGS[1:]),
+    rules=(gqa.EMBEDDINGS[0], *_LAYER, *gqa.EMBEDDINGS[1:]),
     flags={**DEEPSEEK_V3.flags, "expert_bias": False},
     variants=(moe.PACKED, mla.TE),
     aliases=(gqa.TIED_HEAD,),
@@ -163,7 +164,7 @@ DEEPSEEK_V2 = replace(
         Field("routed_scaling_factor", "moe_router_topk_scaling_factor"),
         Field("aux_loss_alpha", "moe_aux_loss_coeff"),
     ),
-    constants=CONSTANTS | {"moe_router_score_function": "softmax"},
+    constants=_CONSTANTS | {"moe_router_score_function": "softmax"},
     derived=_derived_v2,
     caveats=_caveats_v2,
 )

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from shardway.families.family import Dims, Family, Layer, Provider
     from shardway.families.rules import Expanded, Rule
 
+# Where a config.json says how many layers of multi-token prediction there are.
+_PROMISES = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelMapping:
@@ -155,14 +158,14 @@ def map_model(
             if alias.restored:
                 restored[name] = alias.of
     metadata: dict[str, object] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
-    if layout is not natural:
+    if layout is Layout.PER_LAYER and natural is Layout.STACKED:
         metadata["non_homogeneous_layers"] = True
     fields = family.megatron_config(config, flags)
     caveats = list(family.caveats(config))
     promised = len(stacks.get("k", ()))
     if not promised or "mtp" not in flags:
         fields = _without_prediction(fields)
-    if promised and "mtp" not in flags:
+    if promised and "mtp" not in flags and any(config.get(key) for key in _PROMISES):
         caveats.append(f"config.json promises {promised} layers of multi-token prediction, which the weights lack")
     ignored = "|".join(re.escape(template).replace(r"\{i\}", r"\d+") for template in family.ignored)
     return ModelMapping(

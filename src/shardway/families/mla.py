@@ -70,6 +70,9 @@ def attention(fused: str = "te") -> tuple[Rule, ...]:
     )
 
 
+# What transformers' norms of latent vectors add to the mean of squares, whatever the config says.
+_EPSILON = 1e-6
+
 # The norm before an MLP. megatron-core's own layers keep it apart from the MLP in models with latent attention.
 NORM = (
     Rule(
@@ -281,6 +284,8 @@ def caveats(config: HFConfig) -> list[str]:
         found.append("megatron-core scales what it rotates otherwise than this model's attention_factor and mscale say")
     if kind == "yarn" and parameters.get("truncate") is False:
         found.append("megatron-core rounds the range in which YaRN interpolates to whole dimensions")
+    if config.number("rms_norm_eps", _EPSILON) != _EPSILON:
+        found.append(f"megatron-core's norms of latent vectors add rms_norm_eps; those of transformers, {_EPSILON}")
     if not config.flag("rope_interleave", default=True):
         found.append("megatron-core rotates neighbouring dimensions; this model, those half a head apart")
     if config.flag("attention_bias", default=False):

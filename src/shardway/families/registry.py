@@ -9,8 +9,10 @@ from shardway.families.bailing import BAILING_MOE_V2
 from shardway.families.decilm import DECILM
 from shardway.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, KIMI_K2
 from shardway.families.ernie import ERNIE4_5_MOE
+from shardway.families.falcon_h1 import FALCON_H1
 from shardway.families.gemma import GEMMA, GEMMA2, GEMMA3
 from shardway.families.glm import GLM4_MOE
+from shardway.families.glm_mla import GLM4_MOE_LITE, GLM_MOE_DSA
 from shardway.families.gpt_oss import GPT_OSS
 from shardway.families.llama import LLAMA
 from shardway.families.mimo import MIMO
@@ -23,6 +25,7 @@ from shardway.families.olmo import EXAONE4, OLMO2
 from shardway.families.olmoe import OLMOE
 from shardway.families.phi import PHI3
 from shardway.families.qwen import QWEN2, QWEN3, QWEN3_MOE
+from shardway.families.qwen_hybrid import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 
 if TYPE_CHECKING:
     from shardway.families.config import HFConfig
@@ -54,6 +57,13 @@ FAMILIES: tuple[Family, ...] = (
     NEMOTRON_H,
     DEEPSEEK_V2,
     KIMI_K2,
+    GLM4_MOE_LITE,
+    GLM_MOE_DSA,
+    # A Megatron config that says nothing of the router's type is that of Qwen3.5.
+    QWEN3_5,
+    QWEN3_5_MOE,
+    QWEN3_NEXT,
+    FALCON_H1,
 )
 _BY_ARCHITECTURE = {architecture: family for family in FAMILIES for architecture in family.architectures}
 

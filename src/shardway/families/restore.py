@@ -93,6 +93,8 @@ def restore_config(
         under several names: then that of the family that agrees with most of what is left, and the first of those.
     """
     tried: dict[str, str] = {}
+    if fields.get("experimental_attention_variant") == "gdn":  # since megatron-core 0.19
+        fields = {**fields, "experimental_attention_variant": "gated_delta_net"}
     found: list[tuple[int, dict[str, object]]] = []
     for family in FAMILIES:
         if family.restore is None or (provider is not None and provider != family.provider.target):

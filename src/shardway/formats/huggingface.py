@@ -57,6 +57,11 @@ def is_tokenizer_file(name: str) -> bool:
     return name.startswith(_TOKENIZER) or name.endswith(_TOKENIZER_SUFFIXES)
 
 
+def is_weights(name: str) -> bool:
+    """Whether a file of this name holds weights in any format."""
+    return name.lower().endswith((".safetensors", *_OTHER_WEIGHTS))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SmallFile:
     """A file that is no weights: configuration, tokenizer, licence.
@@ -188,6 +193,16 @@ def survey_huggingface(root: Path, problems: Problems) -> HuggingFaceCheckpoint:
         small_files=small_files,
         left_out=left_out,
     )
+
+
+def weight_files(root: Path) -> tuple[str, ...]:
+    """The names of the files that hold the weights, as `open_huggingface` picks them; of them nothing is read.
+
+    Raises:
+        ShardwayError: `not-a-checkpoint`, `index-invalid`, `path-escapes`, `weights-not-safetensors`, `file-missing`.
+    """
+    tree = _walk(root, Problems())
+    return _choose_files(root, tree, _read_index(root) if INDEX_FILE in tree.names else None, Problems())
 
 
 def read_companions(root: Path) -> tuple[dict[str, object], tuple[SmallFile, ...]]:

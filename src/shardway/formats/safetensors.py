@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _LENGTH_BYTES = 8
-_MAX_HEADER_BYTES = 100_000_000  # the reference reader's own limit
+MAX_HEADER_BYTES = 100_000_000  # the reference reader's own limit
 _MAX_NUMBER = 2**63 - 1  # what a file offset can be; the reference reader's usize is wider by one bit
 _MAX_AXES = 64  # torch's and numpy's limit; it also bounds the product of hostile axes
 _MAX_PROBLEMS = 32  # of one header; a broken writer can break every one of 50,000 tensors
@@ -189,9 +189,9 @@ def lay_out(tensors: Sequence[tuple[str, DType, Shape]], metadata: Mapping[str, 
             f"a name or metadata is not valid Unicode: {printable(error.object[: error.end][-100:])}"
         ) from None
     raw += b" " * (-len(raw) % _LENGTH_BYTES)
-    if len(raw) > _MAX_HEADER_BYTES:
+    if len(raw) > MAX_HEADER_BYTES:
         raise _header_error(
-            f"the header of {len(tensors)} tensors takes {len(raw)} bytes; readers accept {_MAX_HEADER_BYTES}",
+            f"the header of {len(tensors)} tensors takes {len(raw)} bytes; readers accept {MAX_HEADER_BYTES}",
             cure="choose a smaller shard size, so that each file holds fewer tensors",
         )
     data_start = _LENGTH_BYTES + len(raw)
@@ -276,9 +276,9 @@ def _check_length(length: bytes, num_bytes: int, path: Path) -> int:
             "run 'git lfs pull' where the checkpoint was cloned",
         )
     header_bytes = int.from_bytes(length, "little")
-    if header_bytes > _MAX_HEADER_BYTES:
+    if header_bytes > MAX_HEADER_BYTES:
         raise _header_error(
-            f"{printable(path.name)} states a header of {header_bytes} bytes; the limit is {_MAX_HEADER_BYTES}",
+            f"{printable(path.name)} states a header of {header_bytes} bytes; the limit is {MAX_HEADER_BYTES}",
             path,
             "this is not a safetensors file, whatever its name, or it is damaged",
         )

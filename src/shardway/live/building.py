@@ -213,9 +213,17 @@ class MegatronProvider:
             post_process: Whether it has the output layer; by default where the pipeline ends.
             vp_stage: Number of the chunk on this rank, with virtual pipeline stages.
 
+        Raises:
+            ShardwayError: `option-invalid` for attention of a kind that isn't built here.
+
         *Ranks*: local, but that megatron-core sums the tied embedding over its two stages, where there are two.
         """
         config = self.transformer_config()
+        variant = getattr(config, "experimental_attention_variant", None)
+        if variant is not None:
+            what = f"models with megatron-core's experimental attention ({variant}) can't be built here"
+            cure = "build the model with Megatron Bridge; import and export carry its weights from file to file"
+            raise ShardwayError(Problem(code=Code.OPTION_INVALID, what=what, cure=cure))
         engine = has_transformer_engine()
         spec = get_gpt_decoder_block_spec(
             config, use_transformer_engine=engine, normalization=config.normalization, vp_stage=vp_stage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from shardway.core.errors import Code, Problems
@@ -13,6 +14,7 @@ from shardway.run.finished import FinishedFiles, unfinished
 from shardway.run.flusher import Flusher
 from shardway.run.losses import Losses
 from shardway.run.mover import Mover
+from shardway.run.waves import Wave, in_waves
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from shardway.plans.model import Stream
     from shardway.run.journal import Finished, Journal
     from shardway.run.publish import Staging
+    from shardway.run.waves import Supply
 
 
 def execute(
@@ -34,6 +37,7 @@ def execute(
     journal: Journal,
     finished: Finished,
     losses: Losses | None = None,
+    supply: Supply | None = None,
 ) -> ChunkDigests:
     """Write everything that a plan describes into a staging directory.
 
@@ -47,6 +51,7 @@ def execute(
         journal: Gets each file when it is finished.
         finished: Files that are in the staging directory already, whole.
         losses: Receives what conversions of values lost.
+        supply: Brings the files of the source as they are needed; None where all of them are there.
 
     Returns:
         The digest of every chunk of the Megatron side.
@@ -64,8 +69,11 @@ def execute(
         staging.create(target.name, target.num_bytes)
     cloner = Cloner(hf, mcore)
     movers: list[Mover] = []
+    idle: list[Mover] = []
 
     def make_mover() -> Mover:
+        with contextlib.suppress(IndexError):
+            return idle.pop()
         mover = Mover(plan, hf, mcore, advance, expected, cloner)
         movers.append(mover)
         return mover
@@ -75,8 +83,11 @@ def execute(
             for offset, literal in target.literals:
                 written.write_from(target.name, literal, offset)
         streams = unfinished(plan, finished.files)
-        work = batches(streams, _import_file if importing else _export_file)
-        noted = FinishedFiles(plan, work, journal, lambda: [mover.digests for mover in movers])
+        waves = [Wave((), tuple(streams), ())] if supply is None else in_waves(plan, streams, supply.others)
+        work = [batches(wave.streams, _import_file if importing else _export_file) for wave in waves]
+        noted = FinishedFiles(
+            plan, [batch for each in work for batch in each], journal, lambda: [mover.digests for mover in movers]
+        )
 
         def tell(batch_file: str) -> None:
             staging.check()
@@ -85,12 +96,24 @@ def execute(
             if staging.sync:
                 flusher.flush(batch_file)
 
+        def run() -> None:
+            if supply is not None:
+                supply.begin(waves)
+            for wave, each in zip(waves, work, strict=True):
+                if supply is not None:
+                    supply.wait(wave.needs)
+                idle[:] = movers
+                Engine(each, make_mover, num_workers, tell).run()
+                if supply is not None and wave.frees:
+                    hf.close()
+                    supply.release(wave.frees)
+
         if staging.sync:
             with Flusher(written) as flusher:
-                Engine(work, make_mover, num_workers, tell).run()
+                run()
                 flusher.finish(target.name for target in plan.targets)
         else:
-            Engine(work, make_mover, num_workers, tell).run()
+            run()
     losses = losses or Losses()
     for mover in movers:
         losses.add(mover.losses)

@@ -4,6 +4,7 @@ A directory beside the destination, `.NAME.shardway-staging`, is the lease and h
 
     lease-<nonce>     who holds it; its contents change as long as that process lives
     files-<nonce>/    what will be published, by one rename
+    source-<nonce>/   files of the source that are there only while they are read
     files-<nonce>-old what is being replaced, for a moment, where the kernel can't exchange two directories
     journal           which files are finished
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 JOURNAL = "journal"
 _SUFFIX = ".shardway-staging"
-_LEASE, _FILES, _OLD = "lease-", "files-", "-old"
+_LEASE, _FILES, _SOURCE, _OLD = "lease-", "files-", "source-", "-old"
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY}
 _TRIES = 5
 
@@ -95,6 +96,7 @@ class Lease:
         key: What tells this work from other work on the same destination.
         directory: Where everything is kept.
         files: The directory that will be published.
+        source: A directory for files of the source that can't stay; made by who needs it.
         journal: The file that says which files are finished.
         made: The directories above `destination` that were made for it, outermost first.
         restored: Whether a checkpoint that a dead holder had put aside was put back.
@@ -108,6 +110,8 @@ class Lease:
         self._sign = Sign.of_this_process(doing, key, self._nonce)
         self._pulse = Pulse(self.directory / f"{_LEASE}{self._nonce}", self._sign)
         self.files = self.directory / f"{_FILES}{self._nonce}"
+        self.source = self.directory / f"{_SOURCE}{self._nonce}"
+        self._left = False
         self.journal = self.directory / JOURNAL
         self.made: list[Path] = []
         self.restored = False
@@ -180,6 +184,10 @@ class Lease:
         finally:
             self.release()
 
+    def leave(self) -> None:
+        """Keep what is staged when the lease is released, as if this process had been killed then."""
+        self._left = True
+
     def check(self) -> None:
         """Raise if another process has taken the lease over, because this one showed no sign of life.
 
@@ -206,6 +214,11 @@ class Lease:
 
         Whoever has taken over meanwhile is left alone.
         """
+        if self._left:
+            with contextlib.suppress(OSError):
+                self._pulse.end()
+            return
+        remove_tree(self.source)
         remove_tree(self.files)
         remove_tree(self.files.with_name(f"{self.files.name}{_OLD}"))
         self._pulse.stop()
@@ -255,11 +268,12 @@ class Lease:
         """Take what the last holder had staged from under its names; put back what it had put aside."""
         names = sorted(os.listdir(self.directory))
         for name in names:
-            if name.startswith(_FILES) and not name.endswith(_OLD):
-                if self.files.exists():
-                    remove_tree(self.directory / name)
-                else:
-                    (self.directory / name).rename(self.files)
+            for prefix, ours in ((_FILES, self.files), (_SOURCE, self.source)):
+                if name.startswith(prefix) and not name.endswith(_OLD):
+                    if ours.exists():
+                        remove_tree(self.directory / name)
+                    else:
+                        (self.directory / name).rename(ours)
         for name in names:
             if name.startswith(_FILES) and name.endswith(_OLD):
                 if os.path.lexists(self.destination):

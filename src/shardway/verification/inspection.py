@@ -12,6 +12,7 @@ from shardway.families.layout import layout_of
 from shardway.formats.huggingface import CONFIG_FILE, HuggingFaceCheckpoint, read_companions
 from shardway.formats.quantised import count_schemes, present
 from shardway.formats.record import read_record
+from shardway.hub.names import is_repository, refuse_revision
 from shardway.plans.imports import HF_FOLDER
 from shardway.plans.matching import is_training_state
 from shardway.run.engine import parse_workers
@@ -96,20 +97,31 @@ def inspect(
     *,
     digest: bool = False,
     workers: int | None = None,
+    revision: str | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> InspectReport:
     """Say what a checkpoint is and what it holds, from its metadata alone unless digests are asked for.
 
     Args:
-        path: A Hugging Face directory, or the root or an iteration folder of a Megatron checkpoint.
+        path: A Hugging Face directory, or the root or an iteration folder of a Megatron checkpoint; or ``"org/name"``
+            of a repository on the Hub, of which headers alone are fetched unless digests are asked for.
         digest: Read every tensor and give its sha256.
         workers: Threads; by default one per processor, at most 16.
+        revision: Of a repository on the Hub: branch, tag or commit; by default ``main``.
         progress: Called from the worker threads while digests are taken.
 
     Raises:
         ShardwayError: When it can't be read or is damaged; all problems together.
     """
     num_workers = parse_workers(workers)
+    if is_repository(path):
+        from shardway.hub.source import fetch, open_hub
+
+        with open_hub(str(path), revision, keep=digest) as hub:
+            root = fetch(hub, progress) if digest else hub.root
+            report = inspect(root, digest=digest, workers=workers, progress=progress)
+            return dataclasses.replace(report, path=str(hub.repository))
+    refuse_revision(path, revision)
     snapshot = snapshot_of(Path(path))
     checkpoint = open_checkpoint(Path(path))
     catalog = checkpoint.catalog

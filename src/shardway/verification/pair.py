@@ -15,6 +15,7 @@ from shardway.families.mapping import map_model, variants_in
 from shardway.formats.huggingface import CONFIG_FILE, HuggingFaceCheckpoint
 from shardway.formats.quantised import computed_as, count_schemes, present
 from shardway.formats.record import read_record
+from shardway.hub.names import is_repository, refuse_revision
 from shardway.plans.matching import padded_rows
 from shardway.plans.model import Direction, Plan
 from shardway.plans.streams import build_streams
@@ -46,6 +47,7 @@ def verify(
     b: str | Path | None = None,
     *,
     workers: int | None = None,
+    revision: str | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> VerifyReport:
     """Compare two checkpoints, each a Hugging Face directory or a Megatron checkpoint, element by element.
@@ -57,9 +59,11 @@ def verify(
     shardway wrote is checked.
 
     Args:
-        a: A Hugging Face directory, or the root or an iteration folder of a Megatron checkpoint.
+        a: A Hugging Face directory, or the root or an iteration folder of a Megatron checkpoint; or ``"org/name"`` of a
+            repository on the Hub, which is fetched into the local cache as far as it is not there.
         b: Likewise; None to hold the first one against its own record.
         workers: Threads; by default one per processor, at most 16.
+        revision: Of the one that is a repository on the Hub: branch, tag or commit; by default ``main``.
         progress: Called from the worker threads, one call at a time.
 
     Returns:
@@ -71,10 +75,13 @@ def verify(
     """
     began = time.perf_counter()
     num_workers = parse_workers(workers)
+    if not is_repository(a) and (b is None or not is_repository(b)):
+        refuse_revision(a, revision)
     if b is None:
-        return _verify_alone(Path(a), began, num_workers, progress)
-    snapshots = snapshot_of(Path(a)), snapshot_of(Path(b))
-    opened = open_checkpoint(Path(a)), open_checkpoint(Path(b))
+        return _verify_alone(_local(a, revision, progress), began, num_workers, progress)
+    places = _local(a, revision, progress), _local(b, revision, progress)
+    snapshots = snapshot_of(places[0]), snapshot_of(places[1])
+    opened = open_checkpoint(places[0]), open_checkpoint(places[1])
     pair = _pair(*opened)
     with unchanged(*(each.reading(checkpoint.catalog) for each, checkpoint in zip(snapshots, opened, strict=True))):
         values, damaged = compare_streams(pair.plan, num_workers, progress, pair.digests)
@@ -105,6 +112,15 @@ def verify(
         seconds=time.perf_counter() - began,
         dequantised=count_schemes(pair.plan.quantised),
     )
+
+
+def _local(source: str | Path, revision: str | None, progress: Callable[[Progress], None] | None) -> Path:
+    """Where a checkpoint lies, fetched if it is on the Hub."""
+    if not is_repository(source):
+        return Path(source)
+    from shardway.hub.source import fetched
+
+    return fetched(str(source), revision, progress)
 
 
 def _verify_alone(

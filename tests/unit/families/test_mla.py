@@ -8,7 +8,7 @@ import pytest
 
 import shardway
 from shardway.families.config import HFConfig
-from shardway.families.mapping import map_model
+from shardway.families.mapping import map_model, variants_in
 from shardway.families.restore import restore_config
 
 if TYPE_CHECKING:
@@ -49,6 +49,11 @@ DEEPSEEK_V3: dict[str, Any] = {
 }
 DEEPSEEK_V2 = DEEPSEEK_V3 | {"architectures": ["DeepseekV2ForCausalLM"], "norm_topk_prob": False}
 PLAIN = {"rope_scaling": None}
+GLM_MOE_DSA = (
+    DEEPSEEK_V3
+    | PLAIN
+    | {"architectures": ["GlmMoeDsaForCausalLM"], "index_n_heads": 2, "index_head_dim": 4, "index_topk": 8}
+)
 
 
 def mapped(values: dict[str, Any], **variants: bool) -> ModelMapping:
@@ -80,6 +85,7 @@ def test_the_released_model_is_what_megatron_computes() -> None:
         ),
         (DEEPSEEK_V3 | {"rope_interleave": False}, "those half a head apart"),
         (DEEPSEEK_V3 | {"attention_bias": True}, "no biases"),
+        (DEEPSEEK_V3 | {"rms_norm_eps": 1e-5}, "those of transformers, 1e-06"),
         (DEEPSEEK_V3 | {"hidden_act": "gelu"}, "'gelu'"),
         (DEEPSEEK_V3 | {"num_experts_per_tok": 2}, "by their best 1; transformers, by their best 2"),
         (DEEPSEEK_V2 | {"topk_method": "group_limited_greedy"}, "by their best 2; transformers, by their best"),
@@ -137,3 +143,41 @@ def test_fields_that_make_no_difference_are_not_compared(name: str) -> None:
     assert restore_config(fields, mapping.mcore, mapping.provider.target, "bfloat16").config is not None
     differing = {**mapped(DEEPSEEK_V2).megatron_config, "moe_router_pre_softmax": False}
     assert restore_config(differing, mapped(DEEPSEEK_V2).mcore, mapping.provider.target, "bfloat16").config is None
+
+
+@pytest.mark.parametrize(
+    ("types", "freq", "offset"),
+    [("FFFF", None, None), ("FFFSSSF", 4, 3), ("FSFSFS", 2, 1), ("FFS", 2, 2), ("FSSF", 3, 1), ("FFSFF", None, None)],
+)
+def test_layers_that_share_what_an_indexer_picks(types: str, freq: int | None, offset: int | None) -> None:
+    """As megatron-core counts: layer n, from 1, picks where max(n - offset, 0) is a multiple of the frequency."""
+    names = {"F": "full", "S": "shared"}
+    values = GLM_MOE_DSA | {"num_hidden_layers": len(types), "indexer_types": [names[letter] for letter in types]}
+    mapping = mapped(values)
+    fields = mapping.megatron_config
+    assert (fields.get("dsa_indexer_topk_freq"), fields.get("dsa_indexer_skip_topk_offset")) == (freq, offset)
+    assert bool(mapping.caveats) is (types == "FFSFF")
+    held = [f"model.layers.{i}.self_attn.indexer.wk.weight" in mapping.hf for i in range(len(types))]
+    assert held == [letter == "F" for letter in types]
+    if freq is not None and offset is not None:
+        assert held == [max(number - offset, 0) % freq == 0 for number in range(1, len(types) + 1)]
+        scheduled = {**values, "indexer_types": None, "index_topk_freq": freq, "index_skip_topk_offset": offset}
+        assert mapped(scheduled).hf == mapping.hf
+
+
+def test_the_norms_of_glm_5_are_found_in_either_place() -> None:
+    apart, fused = mapped(GLM_MOE_DSA), mapped(GLM_MOE_DSA, fused_norms=True)
+    at = "decoder.layers.0.self_attention"
+    assert f"{at}.kv_layernorm.weight" in apart.mcore
+    assert f"{at}.linear_kv_up_proj.layer_norm_weight" in fused.mcore
+    assert variants_in(HFConfig(GLM_MOE_DSA), mcore=fused.mcore)["fused_norms"]
+    assert not variants_in(HFConfig(GLM_MOE_DSA), mcore=apart.mcore)["fused_norms"]
+
+
+def test_glm_4_7_flash_is_told_from_deepseek_v3_by_what_decides_nothing() -> None:
+    values = DEEPSEEK_V3 | PLAIN | {"architectures": ["Glm4MoeLiteForCausalLM"]}
+    mapping = mapped(values)
+    found = restore_config(mapping.megatron_config, mapping.mcore, mapping.provider.target, "bfloat16").config
+    assert found is not None
+    assert found["architectures"] == ["Glm4MoeLiteForCausalLM"]
+    assert found["mlp_layer_types"] == ["dense", "sparse", "sparse"]

@@ -66,6 +66,13 @@ def test_what_is_not_known_is_refused(name: str, value: object, said: str) -> No
     assert said in str(refused.value)
 
 
+def test_attention_that_is_not_built_here_is_refused() -> None:
+    made = provider(experimental_attention_variant="dsa")
+    with pytest.raises(ShardwayError, match=r"experimental attention \(dsa\) can't be built here") as refused:
+        made.provide()
+    assert refused.value.code is Code.OPTION_INVALID
+
+
 def test_megatron_core_has_its_say() -> None:
     made = provider(num_attention_heads=5, tensor_model_parallel_size=2)
     with pytest.raises(ShardwayError) as refused:
