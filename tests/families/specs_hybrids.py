@@ -35,6 +35,26 @@ _NEMOTRON_H = {
     "routed_scaling_factor": 2.5,
 }
 
+_NO_FALCON = (
+    "megatron-core has no such layer, and the one of Megatron Bridge can't be built without mamba_ssm and Transformer "
+    "Engine; tests/unit/families/test_falcon_h1.py holds keys and extra state against what it was seen to write"
+)
+_FALCON_H1 = {
+    "head_dim": 16,
+    "mamba_d_ssm": 48,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 12,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 10,
+    "mamba_chunk_size": 32,
+}
+_SCALED = {
+    "embedding_multiplier": 5.65,
+    "lm_head_multiplier": 0.02,
+    "key_multiplier": 0.39,
+    "ssm_multipliers": [0.35, 0.25, 0.35, 0.5, 0.31],
+    "mlp_multipliers": [0.88, 0.25],
+}
 _DELTA = {
     "num_hidden_layers": 4,
     "head_dim": 16,
@@ -175,6 +195,26 @@ def _delta(name: str, model: str, config: str, changed: Mapping[str, object], **
     return _hybrid(name, f"{model}ForCausalLM", config, {**_DELTA, **changed}, tolerance=5e-3, **others)
 
 
+def _falcon_released(path: Path) -> None:
+    """The config as transformers 4 wrote it, with what it works out left out, and float32 state spaces."""
+    config = read_config(path)
+    config |= {"rope_theta": config.pop("rope_parameters")["rope_theta"], "mamba_d_head": "auto"}
+    (path / "config.json").write_text(json.dumps(config))
+    _fp32(path, ".A_log", ".D", ".dt_bias")
+
+
+def _falcon(name: str, changed: Mapping[str, object], **others: object) -> FamilySpec:
+    return FamilySpec(
+        name=name,
+        architecture="FalconH1ForCausalLM",
+        config="FalconH1Config",
+        values={**_FALCON_H1, **changed},
+        layout="per-layer",
+        megatron=_NO_FALCON,
+        **others,  # type: ignore[arg-type]
+    )
+
+
 SPECS = (
     _nemotron("nemotron_h"),
     _nemotron("nemotron_h_in_memory", packed=True),
@@ -194,4 +234,6 @@ SPECS = (
     _delta("qwen3_5_released", "Qwen3_5", "Qwen3_5TextConfig", {}, edit=_qwen3_5_released),
     _delta("qwen3_5_moe", "Qwen3_5Moe", "Qwen3_5MoeTextConfig", _EXPERTS, packed=True),
     _delta("qwen3_5_moe_released", "Qwen3_5Moe", "Qwen3_5MoeTextConfig", _EXPERTS, edit=_qwen3_5_released),
+    _falcon("falcon_h1", {"tie_word_embeddings": True}),
+    _falcon("falcon_h1_scaled", {"mamba_rms_norm": True, **_SCALED}, edit=_falcon_released),
 )

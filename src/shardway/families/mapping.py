@@ -158,7 +158,7 @@ def map_model(
             if alias.restored:
                 restored[name] = alias.of
     metadata: dict[str, object] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
-    if layout is not natural:
+    if layout is Layout.PER_LAYER and natural is Layout.STACKED:
         metadata["non_homogeneous_layers"] = True
     fields = family.megatron_config(config, flags)
     caveats = list(family.caveats(config))

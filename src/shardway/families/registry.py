@@ -9,6 +9,7 @@ from shardway.families.bailing import BAILING_MOE_V2
 from shardway.families.decilm import DECILM
 from shardway.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, KIMI_K2
 from shardway.families.ernie import ERNIE4_5_MOE
+from shardway.families.falcon_h1 import FALCON_H1
 from shardway.families.gemma import GEMMA, GEMMA2, GEMMA3
 from shardway.families.glm import GLM4_MOE
 from shardway.families.glm_mla import GLM4_MOE_LITE, GLM_MOE_DSA
@@ -62,6 +63,7 @@ FAMILIES: tuple[Family, ...] = (
     QWEN3_5,
     QWEN3_5_MOE,
     QWEN3_NEXT,
+    FALCON_H1,
 )
 _BY_ARCHITECTURE = {architecture: family for family in FAMILIES for architecture in family.architectures}
 

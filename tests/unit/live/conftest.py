@@ -13,6 +13,7 @@ else:
         "test_extra_state.py",
         "test_folder.py",
         "test_hf_folder.py",
+        "test_hybrids.py",
         "test_megatron.py",
         "test_state.py",
         "test_writer.py",
