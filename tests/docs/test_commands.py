@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tests.hub.conftest import cache, hub  # noqa: F401 - fixtures
 from tests.megatron import require
 
 from shardway import Code
@@ -24,6 +25,7 @@ PAGES = [
     "docs/guide/megatron-bridge.md",
     "docs/guide/megatron-lm.md",
     "docs/guide/training.md",
+    "docs/guide/hub.md",
 ]
 
 
@@ -39,10 +41,16 @@ def commands(page: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_command_of_a_page_works(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In an empty directory with the model that they name, in the order in which they stand there."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(LLAMA, "Llama-3.1-8B")
+def test_every_command_of_a_page_works(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """In an empty directory with the model that they name, or beside a Hub that has it, in their order."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    if page == "docs/guide/hub.md":
+        request.getfixturevalue("hub").add("meta-llama/Llama-3.1-8B", LLAMA)
+    else:
+        shutil.copytree(LLAMA, "Llama-3.1-8B")
     found = commands(page)
     if page in ("README.md", "docs/guide/convert.md"):
         assert {command[0] for command in found} >= {"import", "export", "verify", "inspect", "plan"}

@@ -75,7 +75,8 @@ def library(purpose: str) -> ModuleType:
         ShardwayError: `extra-missing`.
     """
     try:
-        import huggingface_hub
+        import huggingface_hub.constants
+        import huggingface_hub.utils
     except ImportError:
         what = f"{purpose} needs huggingface_hub, which is not installed"
         cure = "pip install shardway[hub]"

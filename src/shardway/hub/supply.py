@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 from typing import TYPE_CHECKING, Self
 
 import xxhash
@@ -32,6 +33,7 @@ _FEWEST = 2  # one is read while the next one comes
 _FEWEST_KEPT = 8
 _MOST_THREADS = 8
 _READ_BYTES = 2**20
+_LONGEST_STOP_S = 5.0  # a thread that waits for an answer looks up when it comes; it can do no harm until then
 
 
 def files_at_once(waves: Sequence[Wave], *, keep: bool) -> int:
@@ -95,8 +97,9 @@ class HubSupply:
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
+        until = time.monotonic() + _LONGEST_STOP_S
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, until - time.monotonic()))
 
     def begin(self, waves: Sequence[Wave]) -> None:
         """Start fetching what the waves need, in their order."""
