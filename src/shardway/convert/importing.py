@@ -229,7 +229,7 @@ def _import(
         staging = Staging(lease, replace=exists is IfExists.REPLACE, sync=fsync)
         finished, journal = resume(plan, lease, staging, num_workers, progress)
         with contextlib.closing(journal):
-            meter = Meter("copy", plan.num_bytes, progress)
+            meter = Meter("copy", plan.mcore.num_bytes, progress)
             meter.advance(resumed_bytes(plan, finished))
             with unchanged((snapshot, job.reads)), _supplying(supply, lease):
                 losses = Losses()

@@ -27,6 +27,7 @@ from shardway.core.errors import Code, Problem, Problems, ShardwayError
 from shardway.families.config import HFConfig
 from shardway.families.mapping import map_model, variants_in
 from shardway.formats.huggingface import CONFIG_FILE, open_huggingface
+from shardway.formats.quantised import present
 from shardway.formats.torch_dist import open_torch_dist
 
 if TYPE_CHECKING:
@@ -350,7 +351,7 @@ def provider_of(
     *Ranks*: local.
     """
     config = HFConfig(values, CONFIG_FILE)
-    names = None if hf is None else open_huggingface(hf).catalog.tensors
+    names = None if hf is None else present(open_huggingface(hf)).catalog.tensors
     keys = None if megatron is None else open_torch_dist(megatron, wanted=lambda _: False).metadata.tensors
     mapping = map_model(config, variants=variants_in(config, hf=names, mcore=keys))
     if "mamba_num_heads" in mapping.megatron_config:
