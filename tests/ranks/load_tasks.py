@@ -33,6 +33,7 @@ def through_a_grid(
     save: str | None = None,
     fields: Mapping[str, Any] | None = None,
     logits: str | None = None,
+    plain: str | None = None,
 ) -> Outcome:
     """Load a model from its Hugging Face files and from Megatron checkpoints of it, and hand it out again.
 
@@ -47,6 +48,7 @@ def through_a_grid(
         save: Where to save the model as a Hugging Face directory.
         fields: Further fields of the model's config.
         logits: Where the last stage leaves the logits of `tokens_of`.
+        plain: Directory with the values of the weights, where `hf` has them quantised.
     """
     import torch
     from safetensors.torch import load_file
@@ -56,7 +58,9 @@ def through_a_grid(
     from shardway.live.load import load_huggingface, load_torch_dist
 
     bridge = shardway.AutoBridge.from_hf_pretrained(hf)
-    wanted = {name: tensor for file in Path(hf).glob("*.safetensors") for name, tensor in load_file(file).items()}
+    wanted = {
+        name: tensor for file in Path(plain or hf).glob("*.safetensors") for name, tensor in load_file(file).items()
+    }
     with model_of(bridge, grid, dtype, fields) as (provider, model):
         _load_with_megatron(model, imported[0])
         expected = [{name: value.clone() for name, value in _tensors(chunk)} for chunk in model]
