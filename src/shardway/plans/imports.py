@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,7 +28,7 @@ from shardway.plans.model import Direction, Plan, TargetFile
 from shardway.plans.streams import BLOCK_BYTES, build_streams
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from shardway.core.dtypes import DType
@@ -93,18 +95,18 @@ def plan_import(
     catalog = Catalog(
         root=destination,
         tensors={
-            key: StoredTensor(key, dtypes[key], shape, tuple(laid.chunks[key])) for key, shape in mapping.mcore.items()
+            key: StoredTensor(key, dtypes[key], shape, tuple(laid.chunks.pop(key)))
+            for key, shape in mapping.mcore.items()
         },
     )
     trained_in = options.dtype.name if options.dtype is not None else _usual_dtype(source.catalog.tensors)
     args = _args(mapping, trained_in, options) if options.megatron_lm else None
     small_files = {
-        ".metadata": laid.metadata(mapping, dtypes),
+        ".metadata": laid.metadata(catalog.tensors, mapping.extra_state),
         "metadata.json": metadata_json(),
         "common.pt": common_pt(options.iteration or 0, mapping.content_metadata, args),
         TRAIN_STATE: train_state_pt(options.iteration or 0),
     }
-    laid.blobs.clear()
     copied = {f"{HF_FOLDER}/{file.name}": file.name for file in source.small_files}
     if options.bridge is not None:
         document = run_config(mapping, trained_in, options.tokenizer, options.bridge)
@@ -202,14 +204,33 @@ class _Laid:
 
     def __init__(self) -> None:
         self.chunks: dict[str, list[Chunk]] = {}
-        self.blobs: dict[str, list[DcpChunk]] = {}
-        self.blob_offsets: dict[tuple[str, int], int] = {}
+        self.blob_offsets: dict[str, array[int]] = {}
+        self.blob_bytes: dict[str, array[int]] = {}
         self.targets: list[TargetFile] = []
         self.empty_object: DcpLocation
 
-    def metadata(self, mapping: ModelMapping, dtypes: Mapping[str, DType]) -> bytes:
-        tensors = {key: DcpTensor(dtypes[key], shape, tuple(self.blobs[key])) for key, shape in mapping.mcore.items()}
-        return write_metadata(tensors, dict.fromkeys(mapping.extra_state, self.empty_object))
+    def metadata(self, tensors: Mapping[str, StoredTensor], extra_state: Iterable[str]) -> bytes:
+        return write_metadata(_Described(tensors, self), dict.fromkeys(extra_state, self.empty_object))
+
+
+class _Described(Mapping[str, DcpTensor]):
+    """Tensors as ``.metadata`` describes them, each made when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, StoredTensor], laid: _Laid) -> None:
+        self._tensors = tensors
+        self._laid = laid
+
+    def __getitem__(self, key: str) -> DcpTensor:
+        _, dtype, shape, chunks = self._tensors[key]
+        blobs = zip(chunks, self._laid.blob_offsets[key], self._laid.blob_bytes[key], strict=True)
+        found = (DcpChunk(c.start, c.size, DcpLocation(c.file, at, num_bytes)) for c, at, num_bytes in blobs)
+        return DcpTensor(dtype, shape, tuple(found))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def _lay_out(
@@ -248,8 +269,8 @@ def _lay_out(
             frame = tensor_blob_frame(dtype, box.size, offset=at, align=align, phase=phase)
         chunk = Chunk(box.start, box.size, name, at + len(frame.head))
         laid.chunks.setdefault(key, []).append(chunk)
-        laid.blobs.setdefault(key, []).append(DcpChunk(box.start, box.size, DcpLocation(name, at, frame.length)))
-        laid.blob_offsets[name, chunk.offset] = at
+        laid.blob_offsets.setdefault(key, array("Q")).append(at)
+        laid.blob_bytes.setdefault(key, array("Q")).append(frame.length)
         at += frame.length
     laid.targets.append(TargetFile(name, at, literals))
     return laid
