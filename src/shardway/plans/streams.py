@@ -93,7 +93,7 @@ def build_streams(
         table.tensors.append(tensor)
         starts: dict[tuple[str, int], int] = {}
         if blob_offsets is not None:
-            starts = {(c.file, c.offset): at for c, at in zip(tensor.chunks, blob_offsets[name], strict=True)}
+            starts = {(c.file, c.offset): at for c, at in zip(tensor.chunks, blob_offsets.get(name, ()), strict=True)}
         for box, chunks in found:
             first, last = span(box, strides)
             live = [(end, number) for end, number in live if end >= first]
