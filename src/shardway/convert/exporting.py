@@ -267,7 +267,7 @@ def _convert(checked: _Checked, target: Path, running: _Running, losses: Losses)
         staging = Staging(lease, replace=exists is IfExists.REPLACE, sync=running.fsync)
         finished, journal = resume(plan, lease, staging, num_workers, progress)
         with contextlib.closing(journal):
-            meter = Meter("copy", plan.num_bytes, progress)
+            meter = Meter("copy", plan.mcore.num_bytes, progress)
             meter.advance(resumed_bytes(plan, finished))
             with unchanged(*checked.reads):
                 found = job.digests, journal, finished, losses
