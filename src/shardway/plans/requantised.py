@@ -15,7 +15,7 @@ from shardway.formats.quantised import QUANTIZATION_CONFIG, Scheme
 from shardway.plans.streams import build_streams
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from shardway.core.dtypes import DType
     from shardway.core.tensors import Shape, StoredTensor
@@ -39,7 +39,7 @@ class Requantised:
 
     block: tuple[int, int]
     powers: bool
-    streams: tuple[Stream, ...]
+    streams: Sequence[Stream]
     checked: tuple[Stream, ...]
 
     @property
