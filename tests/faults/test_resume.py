@@ -116,7 +116,8 @@ def test_less_than_one_file_for_each_worker_is_done_again(
     assert report.resumed >= finished
     assert not report.reused
     assert len(names) + report.resumed == report.num_files
-    assert len(begun & set(names)) <= WORKERS
+    at_once = 1 if conversion.direction == "import" else 3  # query, key and value are written together
+    assert len(begun & set(names)) <= WORKERS * at_once
     checked = [at.done_bytes for at in seen if at.phase == "resume"]
     copied = [at.done_bytes for at in seen if at.phase == "copy"]
     assert checked[-1] > 0

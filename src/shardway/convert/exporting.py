@@ -257,7 +257,7 @@ def _convert(checked: _Checked, target: Path, running: _Running) -> tuple[bool, 
         staging = Staging(lease, replace=exists is IfExists.REPLACE, sync=running.fsync)
         finished, journal = resume(plan, lease, staging, num_workers, progress)
         with contextlib.closing(journal):
-            meter = Meter("copy", plan.num_bytes, progress)
+            meter = Meter("copy", plan.mcore.num_bytes, progress)
             meter.advance(resumed_bytes(plan, finished))
             with unchanged(*checked.reads):
                 execute(plan, staging, job.companions, num_workers, meter.advance, job.digests, journal, finished)

@@ -151,7 +151,7 @@ def resumed_bytes(plan: Plan, finished: Finished) -> int:
     """Bytes of tensors that need not be moved any more."""
     if not finished.files:
         return 0
-    return plan.num_bytes - sum(stream.num_bytes for stream in unfinished(plan, finished.files))
+    return plan.mcore.num_bytes - sum(stream.num_bytes for stream in unfinished(plan, finished.files))
 
 
 def _busy(destination: Path, seen: Seen, *, same: bool) -> ShardwayError:

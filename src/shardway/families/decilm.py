@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from shardway.families import gqa
-from shardway.families.family import Family, Layer
+from shardway.families.family import Family, Layer, Provider
 from shardway.families.rules import Rule, same
 
 if TYPE_CHECKING:
@@ -98,10 +98,11 @@ def _ffn(config: HFConfig, ffn: Mapping[str, object], hidden: int) -> int:
 
 def _derived(config: HFConfig) -> dict[str, object]:
     layers = _stacks(config, _dims(config))["i"]
+    said = {key: value for key, value in config.values.items() if key != "_name_or_path"}  # that is a place
     groups = next((layer.dims["G"] for layer in layers if "G" in layer.dims), config.count("num_attention_heads"))
     return gqa.rope(config) | {
         "num_query_groups": groups,
-        "heterogeneous_layers_config_encoded_json": json.dumps(dict(config.values), sort_keys=True),
+        "heterogeneous_layers_config_encoded_json": json.dumps(said, sort_keys=True),
     }
 
 
@@ -115,6 +116,9 @@ DECILM = Family(
     kinds=("attention", "linear_attention", "mlp", "linear_mlp"),
     per_layer=True,
     aliases=(gqa.TIED_HEAD,),
+    provider=Provider(
+        target="megatron.bridge.models.llama_nemotron.llama_nemotron_provider.LlamaNemotronHeterogeneousProvider"
+    ),
     fields=gqa.FIELDS,
     constants=gqa.CONSTANTS | {"add_bias_linear": False},
     derived=_derived,

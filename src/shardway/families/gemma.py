@@ -9,7 +9,7 @@ import math
 from typing import TYPE_CHECKING
 
 from shardway.families import gqa
-from shardway.families.family import Family, Field, Flags
+from shardway.families.family import Family, Field, Flags, Provider
 from shardway.families.rules import Rule, same
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ GEMMA = Family(
     flags={**_FLAGS, "qk_norm": False},
     aliases=(gqa.TIED_HEAD,),
     tied_by_default=True,
+    provider=Provider(target="megatron.bridge.models.gemma.gemma_provider.GemmaModelProvider"),
     fields=gqa.FIELDS,
     constants=_CONSTANTS,
     derived=gqa.rope,
@@ -104,6 +105,7 @@ GEMMA2 = Family(
     flags={**_FLAGS, "qk_norm": False},
     aliases=(gqa.TIED_HEAD,),
     tied_by_default=True,
+    provider=Provider(target="megatron.bridge.models.gemma.gemma2_provider.Gemma2ModelProvider"),
     fields=(
         *gqa.FIELDS,
         Field("query_pre_attn_scalar", "query_pre_attn_scalar", 256),
@@ -124,6 +126,7 @@ GEMMA3 = Family(
     flags={**_FLAGS, "qk_norm": True},
     aliases=(gqa.TIED_HEAD,),
     tied_by_default=True,
+    provider=Provider(target="megatron.bridge.models.gemma.gemma3_provider.Gemma3ModelProvider"),
     fields=gqa.FIELDS,
     constants=_CONSTANTS | {"qk_layernorm": True},
     derived=_gemma3,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from shardway.families import gqa
-from shardway.families.family import Family, Field
+from shardway.families.family import Family, Field, Provider
 from shardway.families.rules import Rule, same
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ NEMOTRON = Family(
     dims=gqa.dims,
     flags={"qkv_bias": "attention_bias", "proj_bias": "attention_bias", "mlp_bias": "mlp_bias", "qk_norm": False},
     aliases=(gqa.TIED_HEAD,),
+    provider=Provider(fields={"apply_rope_fusion": True, "persist_layer_norm": True}),
     fields=(
         *(field for field in gqa.FIELDS if field.mcore != "layernorm_epsilon"),
         Field("norm_eps", "layernorm_epsilon", 1e-5),

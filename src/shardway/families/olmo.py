@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from shardway.families import gqa
-from shardway.families.family import Family, Field
+from shardway.families.family import Family, Field, Provider
 from shardway.families.rules import Rule, same
 
 if TYPE_CHECKING:
@@ -72,6 +72,9 @@ EXAONE4 = Family(
     dims=gqa.dims,
     flags={"qkv_bias": False, "proj_bias": False, "mlp_bias": False, "qk_norm": True},
     aliases=(gqa.TIED_HEAD,),
+    provider=Provider(
+        layer_spec="megatron.bridge.models.exaone.exaone4.exaone4_provider.exaone4_layer_spec", layer_options={}
+    ),
     fields=gqa.FIELDS,
     constants=gqa.CONSTANTS | {"add_bias_linear": False, "add_qkv_bias": False, "qk_layernorm": True},
     derived=_exaone4_derived,

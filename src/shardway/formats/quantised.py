@@ -147,6 +147,11 @@ def dequantised_notes(checkpoint: HuggingFaceCheckpoint) -> list[str]:
     return notes
 
 
+def without_quantisation(config: Mapping[str, object]) -> dict[str, object]:
+    """A config.json for weights that are not quantised."""
+    return {key: value for key, value in config.items() if key != QUANTIZATION_CONFIG}
+
+
 def count_schemes(quantised: Mapping[str, Quantised]) -> dict[str, int]:
     """Number of tensors by scheme."""
     return dict(Counter(source.scheme.value for source in quantised.values()))

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from shardway.core.errors import ShardwayError
 from shardway.families.config import HFConfig
 from shardway.formats.huggingface import CONFIG_FILE, open_huggingface
+from shardway.formats.quantised import QUANTIZATION_CONFIG, present, without_quantisation
 from shardway.live.blocks import synchronise
 from shardway.live.export import held
 from shardway.live.hf_folder import HuggingFaceFolder
@@ -85,8 +86,8 @@ def save_huggingface(
     declared = HFConfig(companions.config, CONFIG_FILE).dtype
     layout = lay_out_weights(written, original, dtype=dtype, declared=declared, max_shard_bytes=max_shard_bytes)
     files = dict(companions.files)
-    if dtype is not None:
-        files[CONFIG_FILE] = config_with_dtype(companions.config, dtype)
+    if dtype is not None or QUANTIZATION_CONFIG in companions.config:
+        files[CONFIG_FILE] = config_with_dtype(without_quantisation(companions.config), dtype)
     synchronise(state.devices)
     actions = HuggingFaceFolder(
         folder=folder,
@@ -144,7 +145,7 @@ def _original(source: Path | None) -> Mapping[str, StoredTensor]:
     if source is None:
         return {}
     try:
-        return open_huggingface(source).catalog.tensors
+        return present(open_huggingface(source)).catalog.tensors
     except ShardwayError:
         return {}
 

@@ -17,6 +17,7 @@ from shardway.families.config import HFConfig
 from shardway.families.layout import layout_of
 from shardway.families.mapping import map_model, variants_in
 from shardway.formats.huggingface import CONFIG_FILE, open_huggingface
+from shardway.formats.quantised import copy_problems, present
 from shardway.formats.torch_dist import open_torch_dist
 from shardway.live.blocks import synchronise
 from shardway.live.cuts import cuts_of
@@ -36,8 +37,9 @@ if TYPE_CHECKING:
     from shardway.core.tensors import Catalog
     from shardway.core.tiles import Tile
     from shardway.families.mapping import ModelMapping
+    from shardway.formats.quantised import Quantised
     from shardway.live.memory import ModelMemory, Target
-    from shardway.live.reader import Direct, Region
+    from shardway.live.reader import Job
 
 _MOST_THREADS = 4  # a node has many ranks, each with its own
 _CHANGED = "the model's parameters may have been written in part: load again before they are used"
@@ -76,7 +78,8 @@ def load_huggingface(
 
     Names, shapes and dtypes of the whole checkpoint and of the model are compared first. Then this rank reads the
     bytes of its own shards, straight into the parameters where they need no cast. Rows by which a vocabulary is padded
-    become zero. Floating-point tensors are cast to the model's dtype, which the report says.
+    become zero. Floating-point tensors are cast to the model's dtype, which the report says; quantised ones are
+    dequantised to it (docs/formats/quantised.md).
 
     Args:
         model: A megatron-core model, or the list of its pipeline chunks on this rank.
@@ -97,20 +100,23 @@ def load_huggingface(
     threads = _threads(workers)
     memory = _memory(model)
     root = Path(path)
-    checkpoint = open_huggingface(root)
+    checkpoint = present(open_huggingface(root))
     hf_config = HFConfig(checkpoint.config if config is None else config, str(root / CONFIG_FILE))
     tensors = checkpoint.catalog.tensors
     problems = Problems()
     variants = variants_in(hf_config, hf=tensors, recorded=memory.variants)
     full = map_model(hf_config, variants=variants)
+    problems.extend(checkpoint.faults)
     matched = match_huggingface(full, tensors, problems)
+    problems.extend(copy_problems(matched.copies, checkpoint))
     mapping = _mapping(hf_config, memory, variants)
     check_model(memory, mapping, problems)
     problems.raise_if_any()
     notes = _left_out(full, mapping)
     with CountedFiles(root) as source:
         _check_copies(memory, mapping.tiles, matched.copies, checkpoint.catalog, source)
-        return _fill(memory, mapping.tiles, mapping.shifts, checkpoint.catalog, source, threads, began, notes)
+        found = checkpoint.catalog, checkpoint.quantised
+        return _fill(memory, mapping.tiles, mapping.shifts, *found, source, threads, began, notes)
 
 
 def load_torch_dist(
@@ -164,7 +170,7 @@ def load_torch_dist(
     problems.raise_if_any()
     notes = () if mapping is None or stored is None else _left_out(stored, mapping)
     with CountedFiles(checkpoint.root) as source:
-        report = _fill(memory, tiles, {}, checkpoint.catalog, source, threads, began, notes)
+        report = _fill(memory, tiles, {}, checkpoint.catalog, {}, source, threads, began, notes)
     return replace(report, notes=report.notes + restore(_extra_states(model), checkpoint))
 
 
@@ -221,6 +227,7 @@ def _fill(
     tiles: Sequence[Tile],
     shifts: Mapping[str, float],
     catalog: Catalog,
+    quantised: Mapping[str, Quantised],
     source: CountedFiles,
     num_threads: int,
     began: float,
@@ -234,7 +241,7 @@ def _fill(
     for cut in cuts:
         filled[cut.target] += cut.tile.num_elements
     padded = _padded(memory, filled)
-    jobs = jobs_of(cuts, targets, catalog.tensors, shifts)
+    jobs = jobs_of(cuts, targets, catalog.tensors, shifts, quantised)
     filler = Filler(targets, filled, shifts)
     for target in padded:
         if target.tensor is not None:
@@ -252,7 +259,11 @@ def _fill(
         problems.add(Code.CAST_OVERFLOW, what, tensor=name, facts=(_CHANGED,), cure=cure)
     problems.raise_if_any()
     cast: dict[tuple[str, str], set[str]] = {}
+    computed: dict[str, set[str]] = {}
     for cut in cuts:
+        if cut.tile.hf.tensor in quantised:
+            computed.setdefault(quantised[cut.tile.hf.tensor].scheme, set()).add(cut.tile.hf.tensor)
+            continue
         names = catalog.tensors[cut.tile.hf.tensor].dtype.name, targets[cut.target].shard.dtype.name
         if names[0] != names[1]:
             cast.setdefault(names, set()).add(cut.tile.hf.tensor)
@@ -264,6 +275,7 @@ def _fill(
         seconds=time.perf_counter() - began,
         notes=(
             *notes,
+            *(f"{len(found)} tensors were dequantised from {scheme}" for scheme, found in computed.items()),
             *(f"{len(found)} tensors were cast from {old} to {new}" for (old, new), found in cast.items()),
             *(f"{count} values of {name} were rounded" for name, count in sorted(filler.rounded.items())),
         ),
@@ -315,7 +327,7 @@ def _check_dtypes(memory: ModelMemory, tiles: Iterable[Tile], catalog: Catalog, 
             problems.add(Code.DTYPE_UNSUPPORTED, what, tensor=tile.hf.tensor)
 
 
-def _run(jobs: Sequence[Direct | Region], filler: Filler, source: CountedFiles, num_threads: int) -> None:
+def _run(jobs: Sequence[Job], filler: Filler, source: CountedFiles, num_threads: int) -> None:
     """Work through all jobs on several threads; the first error stops all."""
     waiting = iter(jobs)
     lock = threading.Lock()

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from shardway.core.boxes import Box, hull, row_major_strides, span
+from shardway.core.dtypes import BFLOAT16, FLOAT32
 from shardway.core.tiles import linearise, reach, restrict, runs
 from shardway.live.memory import grid_of
 from shardway.plans.chunking import split_box
+from shardway.run.dequantise import read_quantised
 from shardway.run.files import Files, failing
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from shardway.core.dtypes import DType
     from shardway.core.tensors import Chunk, StoredTensor
     from shardway.core.tiles import Tile
+    from shardway.formats.quantised import Quantised
     from shardway.live.cuts import Cut
     from shardway.live.memory import Deferred, Target
 
@@ -65,12 +68,23 @@ class Direct(NamedTuple):
     runs: tuple[Run, ...]
 
 
+class Computed(NamedTuple):
+    """A part of a tensor whose values are computed from quantised ones."""
+
+    source: Quantised
+    cut: Cut
+
+
+Job = Direct | Region | Computed
+
+
 def jobs_of(
     cuts: Sequence[Cut],
     targets: Sequence[Target],
     stored: Mapping[str, StoredTensor],
     shifts: Mapping[str, float],
-) -> list[Direct | Region]:
+    quantised: Mapping[str, Quantised] | None = None,
+) -> list[Job]:
     """Sort out how each part is to be read.
 
     Args:
@@ -78,13 +92,18 @@ def jobs_of(
         targets: What the cuts' numbers mean.
         stored: The stored tensors.
         shifts: Keys of targets whose values are not the stored ones.
+        quantised: Where the values of stored tensors come from that are computed.
 
     Returns:
         Work in the order of the files, in steps that are not too long.
     """
-    work: list[tuple[str, int, Direct | Region]] = []
+    work: list[tuple[str, int, Job]] = []
     by_chunk: dict[tuple[str, int], list[Cut]] = {}
     for cut in cuts:
+        source = (quantised or {}).get(cut.tile.hf.tensor)
+        if source is not None:
+            work.append((cut.chunk.file, cut.chunk.offset, Computed(source, cut)))
+            continue
         by_chunk.setdefault((cut.chunk.file, cut.chunk.offset), []).append(cut)
     for (file, offset), group in by_chunk.items():
         dtype = stored[group[0].tile.hf.tensor].dtype
@@ -296,7 +315,7 @@ class Lane:
         self._stages: dict[torch.device, tuple[_Stage, _Stage]] = {}
         self._turn = 0
 
-    def read(self, job: Direct | Region) -> None:
+    def read(self, job: Job) -> None:
         """Read one job.
 
         Raises:
@@ -304,6 +323,8 @@ class Lane:
         """
         if isinstance(job, Direct):
             self._read_direct(job)
+        elif isinstance(job, Computed):
+            self._compute(job)
         else:
             self._read_region(job)
 
@@ -338,6 +359,17 @@ class Lane:
                     for part in restrict(cut.tile, block, mcore=False):
                         source = grid_of(memory, part.sizes, part.hf, block.start)
                         self._filler.put(source, cut.target, part)
+
+    def _compute(self, job: Computed) -> None:
+        tile, number = job.cut.tile, job.cut.target
+        target = self._filler.targets[number]
+        dtype = BFLOAT16 if target.shard.dtype is BFLOAT16 else FLOAT32
+        whole = Box(tile.mcore.base, reach(tile.sizes, tile.mcore.steps, len(tile.mcore.base)))
+        for box in split_box(whole, BUFFER_BYTES // 4):
+            for part in restrict(tile, box, mcore=True):
+                bits = read_quantised(job.source, part, self._files, dtype)
+                values = torch.from_numpy(bits.view(f"i{bits.itemsize}")).view(getattr(torch, dtype.name))
+                self._filler.put(values, number, part)
 
     def _stage(self, device: torch.device) -> _Stage:
         if device not in self._stages:

@@ -10,7 +10,7 @@ from shardway.core.collector import collector_paused
 from shardway.core.dtypes import dtype_of_torch
 from shardway.core.errors import Problems
 from shardway.core.tensors import Catalog, Chunk, StoredTensor
-from shardway.formats.quantised import QUANTIZATION_CONFIG
+from shardway.formats.quantised import QUANTIZATION_CONFIG, without_quantisation
 from shardway.formats.safetensors import lay_out
 from shardway.formats.sharding import INDEX_FILE, index_json, shard_tensors
 from shardway.plans.imports import config_with_dtype
@@ -100,8 +100,7 @@ def plan_export(
             tensors[name] = StoredTensor(name, dtype, shape, (chunk,))
     small_files = {INDEX_FILE: index_json(shards)} if len(shards) > 1 else {}
     if options.dtype is not None or QUANTIZATION_CONFIG in config:
-        plain = {key: value for key, value in config.items() if key != QUANTIZATION_CONFIG}
-        small_files["config.json"] = config_with_dtype(plain, options.dtype)
+        small_files["config.json"] = config_with_dtype(without_quantisation(config), options.dtype)
         copied_files = tuple(file for file in copied_files if file[0] != "config.json")
     return Plan(
         direction=Direction.EXPORT,

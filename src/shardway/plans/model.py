@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from shardway.core.boxes import Box
     from shardway.core.dtypes import DType
@@ -82,7 +82,7 @@ class Plan:
         direction: Which side is read.
         hf: The tensors of the Hugging Face side, where they are or will be.
         mcore: The same of the Megatron side.
-        streams: The work, in the order of the Megatron files.
+        streams: The work, in the order of the Megatron files; they may be made when they are asked for, and not kept.
         targets: The large files to be created.
         small_files: Further files of the destination, whole: path relative to its root and contents.
         copied_files: Files to be copied as they are: destination path and source path, each relative to its root.
@@ -95,7 +95,7 @@ class Plan:
     direction: Direction
     hf: Catalog
     mcore: Catalog
-    streams: tuple[Stream, ...]
+    streams: Sequence[Stream]
     targets: tuple[TargetFile, ...] = ()
     small_files: Mapping[str, bytes] = field(default_factory=dict)
     copied_files: tuple[tuple[str, str], ...] = ()

@@ -14,7 +14,7 @@ from shardway.plans.chunking import split_box
 from shardway.plans.combs import complete, grid_in, keep_whole
 from shardway.plans.model import Direction
 from shardway.plans.streams import frame
-from shardway.run.strided import gather, grid_view, raw_dtype, scatter
+from shardway.run.strided import Scratch, gather, grid_view, raw_dtype, scatter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 8 * 2**20
 _COMPUTED_BYTES = 2 * 2**20
+_SCRATCH = Scratch()
 
 
 def move_blocks(
@@ -129,8 +130,11 @@ def _write_chunks(
 
 
 def read_pieces(plan: Plan, stream: Stream, block: Box, hf: Files, losses: Losses) -> Array:
-    """The elements of a block, row-major and as Megatron has them, read from the Hugging Face side."""
-    memory = np.empty(block.num_elements, _array_type(stream.dtype))
+    """The elements of a block, row-major and as Megatron has them, read from the Hugging Face side.
+
+    They hold until the thread's next call.
+    """
+    memory = _SCRATCH.array("block", (block.num_elements,), _array_type(stream.dtype))
     for part, values in parts_of(plan, stream, block, hf, losses):
         part_of(memory, part, block)[...] = values
     return memory

@@ -14,9 +14,8 @@ import ml_dtypes
 import numpy as np
 
 from shardway.core.boxes import row_major_strides
-from shardway.core.dtypes import BFLOAT16
 from shardway.formats.quantised import Scheme
-from shardway.run.strided import gather
+from shardway.run.strided import Scratch, gather
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +29,10 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-_STEP_VALUES = 2**16  # what is computed at once stays in the processor's cache
+_STEP_VALUES = 2**15  # what is computed at once stays in the processor's cache
+_CODES = 256
+_FEW = 1 / 8  # a table of all values is worth making where it is so much smaller than what is looked up
+_SCRATCH = Scratch()
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -44,7 +46,8 @@ def read_quantised(source: Quantised, part: Tile, files: Files, dtype: DType) ->
         dtype: bfloat16 or float32.
 
     Returns:
-        The bits of the values in the shape of the part's grid: unsigned integers of 16 or 32 bits.
+        The bits of the values in the shape of the part's grid: unsigned integers of 16 or 32 bits. They hold until the
+        thread's next call.
 
     Raises:
         ShardwayError: `io-failed`, `source-changed`.
@@ -95,7 +98,7 @@ def _read_codes(
     num_bytes = -(-columns[1] // source.values_per_byte) - columns[0] // source.values_per_byte
     sizes = (*(size for size, _ in outer), num_bytes)
     distances = (*(strides[axis] * step for _, (axis, step) in outer), 1)
-    found = gather(files, chunk.file, at, sizes, distances, np.dtype(np.uint8))[0]
+    found = gather(files, chunk.file, at, sizes, distances, np.dtype(np.uint8), _SCRATCH)[0]
     return np.ascontiguousarray(found).reshape(-1, num_bytes)
 
 
@@ -158,54 +161,84 @@ def dequantise(
         dtype: bfloat16 or float32.
 
     Returns:
-        The bits of the values [rows, columns]; as many columns as the bytes hold.
+        The bits of the values [rows, columns]; as many columns as the bytes hold. They hold until the next call.
     """
     num_rows, num_bytes = codes.shape
     num_columns = num_bytes if scheme.startswith("fp8") else 2 * num_bytes
-    target = dtype.numpy()
-    values = np.empty((num_rows, num_columns), target)
+    values = _SCRATCH.array("values", (num_rows, num_columns), dtype.numpy())
     step = max(1, _STEP_VALUES // max(num_columns, 1))
-    wide = np.empty((min(step, num_rows), num_columns), np.float32)
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        if scheme.startswith("fp8") and _CODES * scales.size <= _FEW * codes.size:
+            work: _LookUp | _Multiply = _LookUp(scales, group, offset, num_columns, dtype)
+        else:
+            work = _Multiply(scheme, scales, group, offset, (min(step, num_rows), num_columns))
         for low in range(0, num_rows, step):
-            high = min(low + step, num_rows)
-            part = wide[: high - low]
-            _decode(scheme, codes[low:high], part)
-            mine = rows[low:high]
+            mine = rows[low : low + step]
             if mine[0] == mine[-1] and np.all(mine == mine[0]):
                 mine = mine[:1]
-            spread = scales[mine]
-            if spread.shape[1] > 1:
-                spread = np.repeat(spread, group, axis=1)[:, offset : offset + num_columns]
-            np.multiply(part, spread, out=values[low:high] if dtype is not BFLOAT16 else part)
-            if dtype is BFLOAT16:
-                np.copyto(values[low:high], part, casting="unsafe")
-    return values.view(np.uint16 if dtype is BFLOAT16 else np.uint32)
+            work.compute(codes[low : low + step], mine, values[low : low + step])
+    return values.view(np.dtype(f"u{values.itemsize}"))
+
+
+class _LookUp:
+    """Looks values up in a table that has all of them: 256 for each scale.
+
+    Args:
+        scales: float32 [groups of rows, groups of columns].
+        group: How many columns share a scale.
+        offset: Place of the first column in its group.
+        num_columns: How many columns there are.
+        dtype: Of the values.
+    """
+
+    def __init__(self, scales: Array, group: int, offset: int, num_columns: int, dtype: DType) -> None:
+        self._table = (
+            (scales[..., None] * _fp8()).astype(dtype.numpy()).view(np.dtype(f"u{dtype.itemsize}")).reshape(-1)
+        )
+        self._stride = _CODES * scales.shape[1]
+        firsts = np.arange(scales.shape[1]) * _CODES
+        self._firsts = np.repeat(firsts, group)[offset : offset + num_columns] if len(firsts) > 1 else firsts
+
+    def compute(self, codes: Array, rows: Array, values: Array) -> None:
+        """Write the values of some rows; `rows` is the group of each, or of all."""
+        firsts = rows[:, None] * self._stride + self._firsts
+        places = np.add(codes, firsts, out=_SCRATCH.array("places", codes.shape, np.dtype(np.intp)))
+        np.take(self._table, places, out=values.view(self._table.dtype), mode="wrap")
+
+
+class _Multiply:
+    """Multiplies codes by scales; the arguments are those of `_LookUp`."""
+
+    def __init__(self, scheme: Scheme, scales: Array, group: int, offset: int, shape: tuple[int, int]) -> None:
+        self._scheme = scheme
+        self._scales = scales
+        self._group = group
+        self._columns = slice(offset, offset + shape[1])
+        self._wide = _SCRATCH.array("wide", shape, np.dtype(np.float32))
+
+    def compute(self, codes: Array, rows: Array, values: Array) -> None:
+        """Write the values of some rows; `rows` is the group of each, or of all."""
+        wide = self._wide[: len(codes)]
+        _decode(self._scheme, codes, wide)
+        spread = self._scales[rows]
+        if spread.shape[1] > 1:
+            spread = np.repeat(spread, self._group, axis=1)[:, self._columns]
+        np.multiply(wide, spread, out=values, casting="unsafe", dtype=np.float32)
 
 
 def _decode(scheme: Scheme, codes: Array, values: Array) -> None:
     """Codes [rows, bytes] as float32 [rows, values]."""
     flat = codes.reshape(-1)
-    if not scheme.startswith("fp8"):
-        np.take(_nibbles(scheme), flat, out=values.reshape(-1).view(np.uint64), mode="wrap")
-    elif flat.size % 2:
+    if scheme.startswith("fp8"):
         np.take(_fp8(), flat, out=values.reshape(-1), mode="wrap")
     else:
-        np.take(_fp8_pairs(), flat.view(np.uint16), out=values.reshape(-1).view(np.uint64), mode="wrap")
+        np.take(_nibbles(scheme), flat, out=values.reshape(-1).view(np.uint64), mode="wrap")
 
 
 @cache
 def _fp8() -> Array:
     """The value of each code of float8_e4m3fn, as float32."""
     return np.asarray(np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn), np.float32)
-
-
-@cache
-def _fp8_pairs() -> Array:
-    """The two values of each pair of codes, as two float32 in one element."""
-    pairs = np.arange(65536, dtype=np.uint32)
-    both = np.stack([_fp8()[pairs & 255], _fp8()[pairs >> 8]], axis=1)
-    return both.view(np.uint64).reshape(-1)
 
 
 @cache

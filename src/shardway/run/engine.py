@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from array import array
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol, overload
 
 from shardway.core.errors import Code, Problem, ShardwayError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable
 
     from shardway.plans.model import Stream
 
@@ -27,7 +29,7 @@ class Batch(NamedTuple):
     """Streams that one thread takes together: neighbours that are written to one file."""
 
     file: str
-    streams: tuple[Stream, ...]
+    streams: Sequence[Stream]
 
 
 def parse_workers(value: int | None) -> int:
@@ -45,19 +47,44 @@ def parse_workers(value: int | None) -> int:
     return value
 
 
-def batches(streams: Iterable[Stream], written_to: Callable[[Stream], str]) -> list[Batch]:
+class Selection(Sequence["Stream"]):
+    """Some of the streams of a plan, each made when it is asked for if those of the plan are.
+
+    Args:
+        streams: The streams to choose from.
+        places: Which of them, in order.
+    """
+
+    def __init__(self, streams: Sequence[Stream], places: Sequence[int]) -> None:
+        self._streams = streams
+        self._places = places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, place: int) -> Stream: ...
+    @overload
+    def __getitem__(self, place: slice) -> Selection: ...
+    def __getitem__(self, place: int | slice) -> Stream | Selection:
+        if isinstance(place, slice):
+            return Selection(self._streams, self._places[place])
+        return self._streams[self._places[place]]
+
+
+def batches(streams: Sequence[Stream], written_to: Callable[[Stream], str]) -> list[Batch]:
     """Group neighbouring streams that are written to the same file into batches of about 64 MiB."""
-    grouped: dict[str, list[list[Stream]]] = {}
+    grouped: dict[str, list[array[int]]] = {}
     sizes: dict[str, int] = {}
-    for stream in streams:
+    for place, stream in enumerate(streams):
         file = written_to(stream)
-        groups = grouped.setdefault(file, [[]])
+        groups = grouped.setdefault(file, [array("I")])
         if sizes.get(file, 0) >= _BATCH_BYTES:
-            groups.append([])
+            groups.append(array("I"))
             sizes[file] = 0
-        groups[-1].append(stream)
+        groups[-1].append(place)
         sizes[file] = sizes.get(file, 0) + stream.num_bytes
-    return [Batch(file, tuple(group)) for file, groups in grouped.items() for group in groups]
+    return [Batch(file, Selection(streams, group)) for file, groups in grouped.items() for group in groups]
 
 
 class Engine:

@@ -83,7 +83,7 @@ def execute(
             for offset, literal in target.literals:
                 written.write_from(target.name, literal, offset)
         streams = unfinished(plan, finished.files)
-        waves = [Wave((), tuple(streams), ())] if supply is None else in_waves(plan, streams, supply.others)
+        waves = [Wave((), streams, ())] if supply is None else in_waves(plan, streams, supply.others)
         work = [batches(wave.streams, _import_file if importing else _export_file) for wave in waves]
         noted = FinishedFiles(
             plan, [batch for each in work for batch in each], journal, lambda: [mover.digests for mover in movers]
@@ -122,8 +122,11 @@ def execute(
         staging.write(name, contents)
     for name, source in plan.copied_files:
         staging.copy(companions / source, name)
-    digests = {key: digest for known in finished.files.values() for key, digest in known.items()}
-    return digests | {key: digest for mover in movers for key, digest in mover.digests.items()}
+    digests: ChunkDigests = {}
+    for by_file in (finished.files, *(mover.digests for mover in movers)):
+        for known in by_file.values():
+            digests |= known
+    return digests
 
 
 def _check_overflows(losses: Losses, plan: Plan) -> None:

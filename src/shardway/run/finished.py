@@ -6,13 +6,15 @@ It may not be on the device yet: whoever goes on from the journal reads the file
 from __future__ import annotations
 
 import threading
+from array import array
 from collections import Counter
 from typing import TYPE_CHECKING
 
 from shardway.plans.model import Direction
+from shardway.run.engine import Selection
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from shardway.formats.record import ChunkDigests
     from shardway.plans.model import Plan, Stream
@@ -27,11 +29,13 @@ def files_of(plan: Plan, stream: Stream) -> set[str]:
     return {piece.hf.file for piece in stream.pieces}
 
 
-def unfinished(plan: Plan, finished: Collection[str]) -> list[Stream]:
+def unfinished(plan: Plan, finished: Collection[str]) -> Sequence[Stream]:
     """The streams of a plan that write to a file which is not finished."""
     if not finished:
-        return list(plan.streams)
-    return [stream for stream in plan.streams if not files_of(plan, stream) <= set(finished)]
+        return plan.streams
+    done = set(finished)
+    left = (place for place, stream in enumerate(plan.streams) if not files_of(plan, stream) <= done)
+    return Selection(plan.streams, array("I", left))
 
 
 class FinishedFiles:
@@ -41,26 +45,25 @@ class FinishedFiles:
         plan: The plan that is executed.
         work: Its batches.
         journal: Gets the files.
-        digests: The digests of all chunks that have passed so far, one mapping for each thread.
+        digests: The digests of all chunks that have passed so far, by the chunk's file, one mapping for each thread.
     """
 
     def __init__(
-        self, plan: Plan, work: Sequence[Batch], journal: Journal, digests: Callable[[], Iterable[ChunkDigests]]
+        self,
+        plan: Plan,
+        work: Sequence[Batch],
+        journal: Journal,
+        digests: Callable[[], Iterable[Mapping[str, ChunkDigests]]],
     ) -> None:
         self._journal = journal
         self._digests = digests
         self._lock = threading.Lock()
         self._left = Counter(batch.file for batch in work)
         self._needs: dict[str, set[str]] = {}  # which batches, by their file, write to a file
-        self._chunks: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
-        importing = plan.direction is Direction.IMPORT
         for batch in work:
             for stream in batch.streams:
                 for name in files_of(plan, stream):
                     self._needs.setdefault(name, set()).add(batch.file)
-                if importing:
-                    for chunk in stream.chunks:
-                        self._chunks.setdefault(chunk.file, []).append((stream.tensor, chunk.start))
         self._touches: dict[str, list[str]] = {}
         for name, batches in self._needs.items():
             for batch_file in batches:
@@ -73,7 +76,8 @@ class FinishedFiles:
             if self._left[batch_file]:
                 return
             finished = [name for name in self._touches[batch_file] if not any(map(self._left.get, self._needs[name]))]
-        maps = list(self._digests())
         for name in finished:
-            keys = self._chunks.get(name, ())
-            self._journal.add(name, {key: digests[key] for key in keys for digests in maps if key in digests})
+            known: ChunkDigests = {}
+            for digests in self._digests():
+                known |= digests.get(name, {})
+            self._journal.add(name, known)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from shardway.core.tensors import Chunk
+    from shardway.formats.record import ChunkDigests
     from shardway.plans.model import Plan, Stream
     from shardway.run.clone import Cloner
     from shardway.run.files import Files
@@ -69,7 +70,7 @@ class Mover:
         self._expected = expected
         self._cloner = cloner
         self._buffer = memoryview(bytearray(BUFFER_BYTES))
-        self.digests: dict[tuple[str, tuple[int, ...]], str] = {}
+        self.digests: dict[str, ChunkDigests] = {}  # by the file that the chunks are in
         self.losses = Losses()
 
     def move(self, stream: Stream) -> None:
@@ -89,7 +90,7 @@ class Mover:
             digests = [self._export(stream, found)]
         for chunk, digest in zip(stream.chunks, digests, strict=True):
             self._check(stream, chunk, digest)
-            self.digests[stream.tensor, chunk.start] = digest
+            self.digests.setdefault(chunk.file, {})[stream.tensor, chunk.start] = digest
 
     def _runs(self, stream: Stream) -> list[Run] | None:
         """The stream as byte runs in chunk order; None where it has to be moved as strided blocks."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,8 +38,29 @@ def grid_view(flat: Array, offset: int, sizes: Shape, strides: Shape) -> Array:
     return np.lib.stride_tricks.as_strided(flat[offset:], sizes, byte_strides)
 
 
+class Scratch(threading.local):
+    """Memory that each thread uses again and again: the first use of new memory costs more than what is done in it."""
+
+    def __init__(self) -> None:
+        self._flat: dict[str, Array] = {}
+
+    def array(self, use: str, shape: Shape, dtype: np.dtype[np.generic]) -> Array:
+        """An array of any contents, which holds until the thread asks for another one for this use."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        flat = self._flat.get(use)
+        if flat is None or flat.size < num_bytes:
+            flat = self._flat[use] = np.empty(num_bytes, np.uint8)
+        return flat[:num_bytes].view(dtype).reshape(shape)
+
+
 def gather(
-    files: Files, name: str, offset: int, sizes: Shape, strides: Shape, dtype: np.dtype[np.generic]
+    files: Files,
+    name: str,
+    offset: int,
+    sizes: Shape,
+    strides: Shape,
+    dtype: np.dtype[np.generic],
+    scratch: Scratch | None = None,
 ) -> tuple[Array, int]:
     """Read a grid of elements from a file.
 
@@ -49,6 +71,7 @@ def gather(
         sizes: Extents of the grid.
         strides: Distance per axis, in elements.
         dtype: Element type.
+        scratch: Where to read to, for the use ``"gather"``; None for new memory.
 
     Returns:
         An array of shape `sizes`, in any memory order, and the bytes that were read.
@@ -57,7 +80,8 @@ def gather(
     depth = _sieve_depth(order, run_axes, sizes, strides, dtype.itemsize)
     extent = hull_elements([sizes[k] for k in order[depth:]], [strides[k] for k in order[depth:]])
     count = math.prod(sizes[k] for k in order[:depth])
-    memory = np.empty(count * extent, dtype)
+    flat = (count * extent,)
+    memory = np.empty(flat, dtype) if scratch is None else scratch.array("gather", flat, dtype)
     view = memory.view(np.uint8).data
     num_bytes = extent * dtype.itemsize
     for k, at in enumerate(_run_offsets(order, len(order) - depth, sizes, strides)):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from shardway.run.engine import Selection
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +23,7 @@ class Wave(NamedTuple):
     """
 
     needs: tuple[str, ...]
-    streams: tuple[Stream, ...]
+    streams: Sequence[Stream]
     frees: tuple[str, ...]
 
 
@@ -54,7 +57,7 @@ def files_read(plan: Plan, stream: Stream) -> frozenset[str]:
     return frozenset(files)
 
 
-def in_waves(plan: Plan, streams: Iterable[Stream], others: Iterable[str] = ()) -> list[Wave]:
+def in_waves(plan: Plan, streams: Sequence[Stream], others: Iterable[str] = ()) -> list[Wave]:
     """Put streams into an order in which each file is needed from once to once, and few of them at a time.
 
     Files come in the order of their names, but the one that has been there for longest is finished first: models whose
@@ -68,11 +71,11 @@ def in_waves(plan: Plan, streams: Iterable[Stream], others: Iterable[str] = ()) 
     Returns:
         Waves that hold every stream once.
     """
-    groups: dict[frozenset[str], list[Stream]] = {}
-    for stream in streams:
-        groups.setdefault(files_read(plan, stream), []).append(stream)
+    groups: dict[frozenset[str], array[int]] = {}
+    for place, stream in enumerate(streams):
+        groups.setdefault(files_read(plan, stream), array("I")).append(place)
     for name in sorted(set(others) - {name for files in groups for name in files}):
-        groups[frozenset((name,))] = []
+        groups[frozenset((name,))] = array("I")
     of: dict[str, dict[frozenset[str], None]] = {}
     for files in groups:
         for name in files:
@@ -89,7 +92,7 @@ def in_waves(plan: Plan, streams: Iterable[Stream], others: Iterable[str] = ()) 
         freed = tuple(name for name in held if not of[name])
         for name in freed:
             del held[name]
-        waves.append(Wave(tuple(sorted(files)), tuple(groups.pop(files)), freed))
+        waves.append(Wave(tuple(sorted(files)), Selection(streams, groups.pop(files)), freed))
     return waves
 
 

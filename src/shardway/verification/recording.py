@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from shardway.formats.record import FileDigest
-from shardway.plans.streams import frame
+from shardway.plans.streams import blob_frame
 from shardway.run.files import failing
 
 if TYPE_CHECKING:
@@ -58,15 +58,15 @@ def _digest_targets(plan: Plan) -> Mapping[str, FileDigest]:
     hashers = {target.name: xxhash.xxh3_128() for target in plan.targets}
     literals = {target.name: list(target.literals) for target in plan.targets}
     blobs = (
-        (chunk.file, at, number, stream)
+        (chunk.file, at, chunk, stream.dtype)
         for stream in plan.streams
-        for number, (chunk, at) in enumerate(zip(stream.chunks, stream.blob_offsets, strict=True))
+        for chunk, at in zip(stream.chunks, stream.blob_offsets, strict=True)
     )
-    for file, at, number, stream in sorted(blobs, key=lambda blob: blob[:2]):
+    for file, at, chunk, dtype in sorted(blobs, key=lambda blob: blob[:2]):
         hasher, waiting = hashers[file], literals[file]
         while waiting and waiting[0][0] < at:
             hasher.update(waiting.pop(0)[1])
-        head, tail, _ = frame(stream, number)
+        head, tail, _ = blob_frame(dtype, chunk, at)
         hasher.update(head)
         hasher.update(tail)
     for name, waiting in literals.items():

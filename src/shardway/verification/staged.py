@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
+from array import array
 from typing import TYPE_CHECKING
 
 import xxhash
@@ -14,7 +15,7 @@ from shardway.core.tensors import Catalog
 from shardway.core.tiles import Tile
 from shardway.plans.model import Direction
 from shardway.plans.streams import build_streams, frame
-from shardway.run.engine import Engine, batches
+from shardway.run.engine import Engine, Selection, batches
 from shardway.run.files import Files
 from shardway.run.finished import files_of
 from shardway.run.journal import Finished
@@ -94,7 +95,8 @@ def _damaged_imports(
     num_workers: int,
     progress: Callable[[Progress], None] | None,
 ) -> set[str]:
-    streams = [stream for stream in plan.streams if files_of(plan, stream) <= whole.keys()]
+    there = (place for place, stream in enumerate(plan.streams) if files_of(plan, stream) <= whole.keys())
+    streams = Selection(plan.streams, array("I", there))
     meter = Meter("resume", sum(stream.num_bytes for stream in streams), progress)
     with Files(written) as files:
         checker = _Checker(files, whole, meter.advance)

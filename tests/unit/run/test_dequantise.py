@@ -44,7 +44,7 @@ def quantised(path: Path, scheme: Scheme, codes: Any, scale: Any, group: tuple[i
 
 def read(path: Path, source: Quantised, tile: Tile | None = None, dtype: Any = BFLOAT16) -> Any:
     with Files(path) as files:
-        return read_quantised(source, tile or identity("w", "m", source.shown), files, dtype)
+        return read_quantised(source, tile or identity("w", "m", source.shown), files, dtype).copy()
 
 
 def group_of(scheme: Scheme, shape: tuple[int, int]) -> tuple[int, int]:
