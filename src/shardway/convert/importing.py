@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from shardway import __version__
+from shardway.convert.chunk_for import parse_chunk_for
 from shardway.convert.existing import Awaited, Settled, Wanted, holds_one
 from shardway.convert.options import (
     For,
@@ -25,6 +26,7 @@ from shardway.families.bridge import BridgeVersion
 from shardway.families.config import HFConfig
 from shardway.families.layout import Layout
 from shardway.families.mapping import map_model, variants_in
+from shardway.families.parallel import described
 from shardway.formats.huggingface import CONFIG_FILE, survey_huggingface
 from shardway.formats.iterations import TRAIN_STATE
 from shardway.formats.quantised import count_schemes, names_by_scheme, present
@@ -69,6 +71,7 @@ def import_hf(
     if_exists: str = "error",
     workers: int | None = None,
     max_file_size: str | int = "4GiB",
+    chunk_for: str = "",
     fsync: bool = True,
     verify: bool = False,
     revision: str | None = None,
@@ -98,6 +101,8 @@ def import_hf(
             options; ``"replace"`` swaps the new one in when it is complete.
         workers: Threads; by default one per processor, at most 16.
         max_file_size: No ``.distcp`` file grows larger: bytes, or text such as ``"4GiB"``.
+        chunk_for: Text such as ``"tp=8,ep=8"``: chunks are cut along the shards of such a job, so that no rank reads
+            another's bytes; empty: one for each layer and expert.
         fsync: Force everything to the device before it is published.
         verify: Read the result back and compare it with the source before it is published.
         revision: Of a repository on the Hub: branch, tag or commit; by default ``main``.
@@ -129,6 +134,7 @@ def import_hf(
         dtype=parse_dtype(dtype),
         iteration=None if release else iteration,
         max_file_bytes=parse_size("max_file_size", max_file_size),
+        parallel=parse_chunk_for(chunk_for),
     )
     running = _Running(
         source=str(source),
@@ -392,6 +398,7 @@ def _record(
             "layout": mapping.layout.value,
             "dtype": options.dtype.name if options.dtype else "auto",
             "max_file_bytes": options.max_file_bytes,
+            **({"chunk_for": described(options.parallel)} if options.parallel else {}),
             "for": f"megatron-bridge {options.bridge}" if options.bridge else "megatron-lm",
         },
         copies=plan.copies,

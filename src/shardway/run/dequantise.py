@@ -193,7 +193,7 @@ class _LookUp:
 
     def __init__(self, scales: Array, group: int, offset: int, num_columns: int, dtype: DType) -> None:
         self._table = (
-            (scales[..., None] * _fp8()).astype(dtype.numpy()).view(np.dtype(f"u{dtype.itemsize}")).reshape(-1)
+            (scales[..., None] * fp8_values()).astype(dtype.numpy()).view(np.dtype(f"u{dtype.itemsize}")).reshape(-1)
         )
         self._stride = _CODES * scales.shape[1]
         firsts = np.arange(scales.shape[1]) * _CODES
@@ -230,13 +230,13 @@ def _decode(scheme: Scheme, codes: Array, values: Array) -> None:
     """Codes [rows, bytes] as float32 [rows, values]."""
     flat = codes.reshape(-1)
     if scheme.startswith("fp8"):
-        np.take(_fp8(), flat, out=values.reshape(-1), mode="wrap")
+        np.take(fp8_values(), flat, out=values.reshape(-1), mode="wrap")
     else:
         np.take(_nibbles(scheme), flat, out=values.reshape(-1).view(np.uint64), mode="wrap")
 
 
 @cache
-def _fp8() -> Array:
+def fp8_values() -> Array:
     """The value of each code of float8_e4m3fn, as float32."""
     return np.asarray(np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn), np.float32)
 
