@@ -100,6 +100,7 @@ def _export(chosen: argparse.Namespace) -> int:
             hf=chosen.hf,
             dtype=chosen.dtype,
             weights=chosen.weights,
+            quantize=chosen.quantize,
             max_shard_size=chosen.max_shard_size,
             if_exists=chosen.if_exists,
             workers=chosen.workers,

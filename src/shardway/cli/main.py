@@ -108,6 +108,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_hf(command)
     _add_dtype(command)
     _add_weights(command)
+    command.add_argument(
+        "--quantize",
+        choices=("fp8-block",),
+        help="quantise again what came from FP8 blocks (default: write it plainly)",
+    )
     _add_running(command)
     _add_shard_size(command)
     command.add_argument("--push", metavar="ORG/NAME", help="then upload DST to this repository on the Hub")

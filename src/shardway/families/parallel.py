@@ -29,6 +29,8 @@ _BY_ROWS = re.compile(
     r"|.*\.(?:mixer|self_attention)\.(?:in_proj\.weight|conv1d\.(?:weight|bias))(?:\..+)?"
     r"|.*\.mixer\.(?:A_log|D|dt_bias|norm\.weight)"
 )
+# With Transformer Engine each rank has them whole, otherwise the ranks divide them.
+_BY_ROWS_IF_EVEN = re.compile(r".*\.(?:linear_q_down_proj|linear_kv_down_proj)\.weight")
 _BY_COLUMNS = re.compile(r".*\.(?:linear_proj|linear_fc2|out_proj)\.weight")
 _GATED = re.compile(r".*\.linear_fc1\.(?:weight|bias)")
 _EXPERTS = ".experts.experts."
@@ -58,9 +60,9 @@ class UnevenError(Exception):
 def loaded_boxes(key: str, shape: Shape, parallel: Parallelism) -> list[Box] | None:
     """The boxes that a tensor is best cut into, so that every rank loads whole boxes only.
 
-    Layers and experts lie apart, whoever loads them. Rows of a gated MLP are cut into twice as many parts, since a rank
-    has as much of the gate as of what it gates. The vocabulary is cut for ranks that pad it as Megatron-LM does as well
-    as for those that don't need to.
+    Layers and experts lie apart, whoever loads them. Rows of an MLP's first matrix are cut into twice as many parts,
+    since a rank has as much of the gate as of what it gates, if there is one. The vocabulary is cut for ranks that pad
+    it as Megatron-LM does as well as for those that don't need to.
 
     Args:
         key: The tensor's key on disk; also that of an optimizer's state of a weight.
@@ -83,9 +85,11 @@ def loaded_boxes(key: str, shape: Shape, parallel: Parallelism) -> list[Box] | N
         raise UnevenError(f"{shape[leading - 1]} experts can't be divided among {parallel.ep} ranks")
     edges: list[list[int]] = [[*range(extent + 1)] for extent in shape[:leading]]
     edges += [[0, extent] for extent in shape[leading:]]
-    if len(shape) > leading and parts > 1:
+    if len(shape) > leading and (parts > 1 or _GATED.fullmatch(key)):
         if key in VOCABULARY:
             edges[0] = _vocabulary(shape[0], parts)
+        elif _BY_ROWS_IF_EVEN.fullmatch(key) and shape[leading] % parts == 0:
+            edges[leading] = _equal(shape[leading], parts, parts)
         elif _BY_ROWS.fullmatch(key):
             edges[leading] = _equal(shape[leading], parts, 2 * parts if _GATED.fullmatch(key) else parts)
         elif _BY_COLUMNS.fullmatch(key) and len(shape) > leading + 1:

@@ -41,6 +41,8 @@ def cut(key: str, shape: tuple[int, ...], parallel: Parallelism = TP2) -> list[t
             (4, 3),
             [((0, 0), (4, 3))],
         ),
+        ("decoder.layers.0.self_attention.linear_q_down_proj.weight", (4, 8), [((0, 0), (2, 8)), ((2, 0), (2, 8))]),
+        ("decoder.layers.0.self_attention.linear_kv_down_proj.weight", (5, 8), [((0, 0), (5, 8))]),
         ("mtp.layers.0.eh_proj.weight", (4, 8), [((0, 0), (2, 8)), ((2, 0), (2, 8))]),
         (
             "optimizer.state.exp_avg.decoder.layers.0.mlp.linear_fc2.weight",
@@ -51,6 +53,13 @@ def cut(key: str, shape: tuple[int, ...], parallel: Parallelism = TP2) -> list[t
 )
 def test_what_is_cut(key: str, shape: tuple[int, ...], expected: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
     assert cut(key, shape) == expected
+
+
+def test_gate_and_what_it_gates_lie_apart_even_for_one_rank() -> None:
+    key = "decoder.layers.1.mlp.experts.experts.linear_fc1.weight"
+    expected = [((e, k, 0), (1, 2, 3)) for e in (0, 1) for k in (0, 2)]
+    assert cut(key, (2, 4, 3), Parallelism(tp=2)) == expected
+    assert cut("decoder.layers.1.mlp.linear_fc1.bias", (3,), Parallelism()) == [((0,), (3,))]
 
 
 def test_the_vocabulary_is_cut_for_ranks_that_pad_and_for_those_that_do_not() -> None:
