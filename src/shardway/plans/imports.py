@@ -13,14 +13,14 @@ from shardway.core.errors import Code, Problems
 from shardway.core.tensors import Catalog, StoredTensor
 from shardway.families.bridge import TRAINED_IN, BridgeVersion, run_config
 from shardway.families.megatron_lm import args_of
-from shardway.formats.dcp import DcpTensor, write_metadata
+from shardway.formats.dcp import write_metadata
 from shardway.formats.huggingface import is_tokenizer_file
 from shardway.formats.iterations import TRAIN_STATE
 from shardway.formats.quantised import copy_problems, dequantised_notes
 from shardway.formats.run_config import RUN_CONFIG, run_config_yaml
 from shardway.formats.torch_dist import common_pt, extra_state, metadata_json, train_state_pt
 from shardway.plans.chunking import chunk_boxes, shard_boxes, split_box
-from shardway.plans.laying import Blob, lay_out
+from shardway.plans.laying import Blob, Described, lay_out
 from shardway.plans.matching import match_huggingface
 from shardway.plans.model import Direction, Plan
 from shardway.plans.streams import BLOCK_BYTES, build_streams
@@ -97,18 +97,20 @@ def plan_import(
     catalog = Catalog(
         root=destination,
         tensors={
-            key: StoredTensor(key, dtypes[key], shape, tuple(laid.chunks[key])) for key, shape in mapping.mcore.items()
+            key: StoredTensor(key, dtypes[key], shape, tuple(laid.chunks.pop(key)))
+            for key, shape in mapping.mcore.items()
         },
     )
     trained_in = options.dtype.name if options.dtype is not None else _usual_dtype(source.catalog.tensors)
     args = _args(mapping, trained_in, options) if options.megatron_lm else None
     small_files = {
-        ".metadata": _metadata(laid, mapping, dtypes),
+        ".metadata": write_metadata(
+            Described(catalog.tensors, laid), dict.fromkeys(mapping.extra_state, laid.objects[0])
+        ),
         "metadata.json": metadata_json(),
         "common.pt": common_pt(options.iteration or 0, mapping.content_metadata, args),
         TRAIN_STATE: train_state_pt(options.iteration or 0),
     }
-    laid.dcp.clear()
     copied = {f"{HF_FOLDER}/{file.name}": file.name for file in source.small_files}
     if options.bridge is not None:
         document = run_config(mapping, trained_in, options.tokenizer, options.bridge)
@@ -199,11 +201,6 @@ def widened(source: HuggingFaceCheckpoint, mapping: ModelMapping) -> dict[str, s
         if held is not None and held != dtype:
             found[tile.hf.tensor] = dtype
     return found
-
-
-def _metadata(laid: Laid, mapping: ModelMapping, dtypes: Mapping[str, DType]) -> bytes:
-    tensors = {key: DcpTensor(dtypes[key], shape, tuple(laid.dcp[key])) for key, shape in mapping.mcore.items()}
-    return write_metadata(tensors, dict.fromkeys(mapping.extra_state, laid.objects[0]))
 
 
 def _lay_out(

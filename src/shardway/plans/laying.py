@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.core.tensors import Chunk
-from shardway.formats.dcp import DcpChunk, DcpLocation
+from shardway.formats.dcp import DcpChunk, DcpLocation, DcpTensor
 from shardway.formats.torch_file import tensor_blob_frame
 from shardway.plans.chunking import assign_files
 from shardway.plans.model import TargetFile
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from shardway.core.boxes import Box
     from shardway.core.dtypes import DType
+    from shardway.core.tensors import StoredTensor
 
 
 class Blob(NamedTuple):
@@ -42,17 +45,42 @@ class Laid:
 
     Attributes:
         chunks: By key.
-        dcp: The same as ``.metadata`` describes them.
-        blob_offsets: Where the blob of a chunk starts, by the chunk's file and offset.
+        blob_offsets: Where the blobs of those chunks start, by key.
+        blob_bytes: Their sizes, by key.
         targets: The files.
         objects: Where each object is.
     """
 
     chunks: dict[str, list[Chunk]] = field(default_factory=dict)
-    dcp: dict[str, list[DcpChunk]] = field(default_factory=dict)
-    blob_offsets: dict[tuple[str, int], int] = field(default_factory=dict)
+    blob_offsets: dict[str, array[int]] = field(default_factory=dict)
+    blob_bytes: dict[str, array[int]] = field(default_factory=dict)
     targets: list[TargetFile] = field(default_factory=list)
     objects: list[DcpLocation] = field(default_factory=list)
+
+
+class Described(Mapping[str, DcpTensor]):
+    """Tensors as ``.metadata`` describes them, each made when it is asked for.
+
+    Args:
+        tensors: By key, with the chunks that were laid down.
+        laid: Where their blobs are.
+    """
+
+    def __init__(self, tensors: Mapping[str, StoredTensor], laid: Laid) -> None:
+        self._tensors = tensors
+        self._laid = laid
+
+    def __getitem__(self, key: str) -> DcpTensor:
+        _, dtype, shape, chunks = self._tensors[key]
+        blobs = zip(chunks, self._laid.blob_offsets.get(key, ()), self._laid.blob_bytes.get(key, ()), strict=True)
+        found = (DcpChunk(c.start, c.size, DcpLocation(c.file, at, num_bytes)) for c, at, num_bytes in blobs)
+        return DcpTensor(dtype, shape, tuple(found))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def lay_out(blobs: Sequence[Blob], objects: Sequence[bytes], max_file_bytes: int) -> Laid:
@@ -83,8 +111,8 @@ def lay_out(blobs: Sequence[Blob], objects: Sequence[bytes], max_file_bytes: int
             frame = tensor_blob_frame(dtype, box.size, offset=at, align=align, phase=phase)
         chunk = Chunk(box.start, box.size, name, at + len(frame.head))
         laid.chunks.setdefault(key, []).append(chunk)
-        laid.dcp.setdefault(key, []).append(DcpChunk(box.start, box.size, DcpLocation(name, at, frame.length)))
-        laid.blob_offsets[name, chunk.offset] = at
+        laid.blob_offsets.setdefault(key, array("Q")).append(at)
+        laid.blob_bytes.setdefault(key, array("Q")).append(frame.length)
         at += frame.length
     laid.targets.append(TargetFile(name, at, literals))
     return laid

@@ -12,11 +12,11 @@ from shardway.core.tensors import Catalog, StoredTensor
 from shardway.core.tiles import reach, restrict
 from shardway.families.layout import Layout, layout_of
 from shardway.formats.common_state import moved_common_state
-from shardway.formats.dcp import DcpTensor, write_metadata
+from shardway.formats.dcp import write_metadata
 from shardway.formats.record import RECORD_FILE
 from shardway.formats.torch_dist import COMMON_STATE, metadata_json
 from shardway.plans.chunking import shard_boxes, split_box
-from shardway.plans.laying import Blob, lay_out
+from shardway.plans.laying import Blob, Described, lay_out
 from shardway.plans.model import Direction, Plan
 from shardway.plans.relayout import relay
 from shardway.plans.streams import BLOCK_BYTES, build_streams, chunk_problems
@@ -120,11 +120,8 @@ def plan_migration(
         key: StoredTensor(key, dtype, shape, tuple(laid.chunks.get(key, ())))
         for key, (dtype, shape) in relaid.tensors.items()
     }
-    entries = {
-        key: DcpTensor(dtype, shape, tuple(laid.dcp.get(key, ()))) for key, (dtype, shape) in relaid.tensors.items()
-    }
     small_files = {
-        ".metadata": write_metadata(entries, places),
+        ".metadata": write_metadata(Described(tensors, laid), places),
         "metadata.json": metadata_json(common_pt=options.common_pt),
     }
     if options.common_pt:
