@@ -58,8 +58,8 @@ def check_masters(
                     f"{found.num_elements:,} elements differ, the first at {list(found.first_index)}",
                     f"by up to {found.max_abs:.6g}",
                 ),
-                cure="where the model's weights are 8-bit floats this is as it should be: leave out --verify; elsewhere "
-                "take the model's own weights (megatron-core 0.16 saves some optimizers shifted)",
+                cure="where the model's weights are 8-bit floats that is as it should be: leave out --verify; "
+                "elsewhere take the model's own weights (megatron-core 0.16 saves some optimizers shifted)",
             )
             for name, found in sorted(differences.items())
         )
