@@ -133,9 +133,11 @@ def execute(
     for name, source in plan.copied_files:
         staging.copy(companions / source, name)
     digests: ChunkDigests = {}
-    for by_file in (finished.files, *(mover.digests for mover in movers)):
-        for known in by_file.values():
-            digests |= known
+    for known in finished.files.values():
+        digests |= known
+    for mover in movers:
+        while mover.digests:
+            digests |= mover.digests.popitem()[1]
     return digests
 
 
