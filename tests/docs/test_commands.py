@@ -26,6 +26,7 @@ PAGES = [
     "docs/guide/megatron-lm.md",
     "docs/guide/training.md",
     "docs/guide/hub.md",
+    "docs/guide/nemo-rl.md",
 ]
 
 
