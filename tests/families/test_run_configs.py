@@ -18,9 +18,12 @@ from tests.families.spec import FamilySpec, read_config
 from tests.tiny import ARCHITECTURES, Tiny
 from tests.tiny import read_safetensors as read_bits
 
-from shardway.families.bridge import BridgeVersion, run_config
+from shardway.families.bridge import BridgeVersion, provider_of, run_config
+from shardway.families.bridge import fields_of as fields_of_document
 from shardway.families.config import HFConfig
 from shardway.families.mapping import map_model, variants_in
+from shardway.families.registry import family_of
+from shardway.families.restore import restore_config
 from shardway.formats.run_config import run_config_yaml
 
 if TYPE_CHECKING:
@@ -150,6 +153,27 @@ def concerns(model: dict[str, Any], field: str) -> bool:
 def test_the_run_config_of_every_family(spec: FamilySpec, family_model: Callable[[str], Path]) -> None:
     path = family_model(spec.name)
     check(read_config(path), read_bits(path))
+
+
+@pytest.mark.parametrize("version", BridgeVersion)
+def test_a_config_comes_back_from_it(
+    spec: FamilySpec, version: BridgeVersion, family_model: Callable[[str], Path]
+) -> None:
+    path = family_model(spec.name)
+    config, names = read_config(path), read_bits(path)
+    if family_of(HFConfig(config)).restore is None:
+        pytest.skip("its config.json can't be told from Megatron's config")
+    mapping = map_model(HFConfig(config), variants=variants_in(HFConfig(config), hf=names))
+    document = {"model": model_of(config, names, version)}
+    found = restore_config(fields_of_document(document), mapping.mcore, provider_of(document), spec.dtype)
+    without_prediction = mapping.family == "ernie4_5_moe" or (mapping.family, version) == ("nemotron_h", "0.3.1")
+    if without_prediction and any(key.startswith("mtp.") for key in mapping.mcore):
+        assert found.config is None
+        return
+    assert found.config is not None, found.tried
+    again = HFConfig(found.config)
+    restored = map_model(again, variants=variants_in(again, mcore=mapping.mcore))
+    assert (restored.architecture, restored.mcore) == (mapping.architecture, mapping.mcore)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
