@@ -17,7 +17,13 @@ from typing import NamedTuple
 
 from benchmarks.measure import Sample, median_ratio, program, run
 
-SIZES = {"full": ("llama", "deep"), "small": ("small",), "llama": ("llama",), "deep": ("deep",)}
+SIZES = {
+    "full": ("llama", "deep", "moe"),
+    "small": ("small",),
+    "llama": ("llama",),
+    "deep": ("deep",),
+    "moe": ("moe",),
+}
 Command = list[str]
 
 
@@ -51,7 +57,7 @@ class Result(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", choices=SIZES, default="full", help="which models (default: 2.5 GB and 3 GB)")
+    parser.add_argument("--sizes", choices=SIZES, default="full", help="which models (default: 2.5 GB, 3 GB, 3 GB)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dir", type=Path, default=Path("bench-work"), help="where to work; gets 8 GB at a time")
     parser.add_argument("--keep", action="store_true", help="keep the models")

@@ -89,7 +89,54 @@ class Llama:
         }
 
 
-MODELS = {
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Qwen3Moe(Llama):
+    """The sizes of a mixture of experts of Qwen3's kind; `ffn` is that of one expert, each in tensors of its own.
+
+    Attributes:
+        experts: How many a layer has.
+    """
+
+    experts: int
+
+    def shapes(self) -> list[tuple[str, Shape]]:
+        """Name and shape of every tensor, in a checkpoint's usual order."""
+        found: list[tuple[str, Shape]] = []
+        for name, shape in Llama.shapes(self):
+            layer, is_down, _ = name.partition(".mlp.down_proj")
+            if is_down:
+                for e in range(self.experts):
+                    expert = f"{layer}.mlp.experts.{e}"
+                    found += [
+                        (f"{expert}.down_proj.weight", (self.hidden, self.ffn)),
+                        (f"{expert}.gate_proj.weight", (self.ffn, self.hidden)),
+                        (f"{expert}.up_proj.weight", (self.ffn, self.hidden)),
+                    ]
+                found.append((f"{layer}.mlp.gate.weight", (self.experts, self.hidden)))
+            elif ".mlp." not in name:
+                found.append((name, shape))
+            if name.endswith("self_attn.v_proj.weight"):
+                attention = name.removesuffix("v_proj.weight")
+                found += [(f"{attention}{norm}.weight", (self.head_dim,)) for norm in ("q_norm", "k_norm")]
+        return found
+
+    def config(self) -> dict[str, object]:
+        """The model's config.json."""
+        return Llama.config(self) | {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "model_type": "qwen3_moe",
+            "moe_intermediate_size": self.ffn,
+            "norm_topk_prob": True,
+            "num_experts": self.experts,
+            "num_experts_per_tok": 8,
+            "rope_scaling": None,
+            "router_aux_loss_coef": 0.001,
+        }
+
+
+MODELS: dict[str, Llama] = {
     # Llama 3.2 1B, in six files.
     "llama": Llama(
         num_layers=16,
@@ -110,6 +157,18 @@ MODELS = {
         kv_heads=4,
         head_dim=64,
         ffn=2176,
+        vocabulary=32768,
+        tied=False,
+        max_shard_bytes=1_000_000_000,
+    ),
+    "moe": Qwen3Moe(
+        num_layers=18,
+        hidden=1024,
+        heads=16,
+        kv_heads=4,
+        head_dim=64,
+        ffn=384,
+        experts=64,
         vocabulary=32768,
         tied=False,
         max_shard_bytes=1_000_000_000,

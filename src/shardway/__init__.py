@@ -1,9 +1,10 @@
 """shardway: the way for model weights between Hugging Face (safetensors) and Megatron-Core (torch_dist).
 
-`import_hf` and `export_hf` convert checkpoints, `verify` compares two of any kind or holds one against its record,
-`inspect` looks into one and `plan` says what a conversion would do. `is_complete` tells whether something is a whole
-checkpoint, `clean` removes what killed runs have left, `push_hf` uploads an export to the Hub. None of them needs
-torch, a GPU or a process group. `AutoBridge` saves live models.
+`import_hf` and `export_hf` convert checkpoints, `migrate` rewrites a Megatron one for other readers. `verify`
+compares two of any kind or holds one against its record, `inspect` looks into one and `plan` says what a conversion
+would do. `is_complete` tells whether something is a whole checkpoint, `clean` removes what killed runs have left,
+`push_hf` uploads an export to the Hub. None of them needs torch, a GPU or a process group. `AutoBridge` saves live
+models.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from shardway.bridge.auto import AutoBridge
     from shardway.convert.exporting import export_hf
     from shardway.convert.importing import import_hf
+    from shardway.convert.migrating import MigrationReport, migrate
     from shardway.convert.planning import PlanReport, plan
     from shardway.convert.pushing import PushReport, push_hf
     from shardway.convert.report import ConversionReport
@@ -34,6 +36,7 @@ _HOMES = {
     "Code": "core.errors",
     "ConversionReport": "convert.report",
     "InspectReport": "verification.inspection",
+    "MigrationReport": "convert.migrating",
     "PlanReport": "convert.planning",
     "Problem": "core.errors",
     "Progress": "run.progress",
@@ -45,6 +48,7 @@ _HOMES = {
     "import_hf": "convert.importing",
     "inspect": "verification.inspection",
     "is_complete": "verification.complete",
+    "migrate": "convert.migrating",
     "plan": "convert.planning",
     "push_hf": "convert.pushing",
     "verify": "verification.pair",
@@ -56,6 +60,7 @@ __all__ = [
     "Code",
     "ConversionReport",
     "InspectReport",
+    "MigrationReport",
     "PlanReport",
     "Problem",
     "Progress",
@@ -68,6 +73,7 @@ __all__ = [
     "import_hf",
     "inspect",
     "is_complete",
+    "migrate",
     "plan",
     "push_hf",
     "verify",

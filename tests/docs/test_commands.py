@@ -25,6 +25,7 @@ PAGES = [
     "docs/guide/megatron-bridge.md",
     "docs/guide/megatron-lm.md",
     "docs/guide/training.md",
+    "docs/guide/migrate.md",
     "docs/guide/hub.md",
     "docs/guide/nemo-rl.md",
 ]

@@ -87,6 +87,19 @@ def conversion(request: pytest.FixtureRequest, hf: Path, mcore: Path, stages: Pa
     return Conversion(request.param, hf, mcore, stages)
 
 
+class Migrating(Conversion):
+    """A migration to other keys and to chunks that are interleaved, in many files."""
+
+    def run(self, **options: Any) -> Any:
+        cut: dict[str, Any] = {"layout": "per-layer", "to": "mcore-0.20", "chunk_for": "tp=2", "max_file_size": 4600}
+        return shardway.migrate(self.source, self.out, workers=WORKERS, **cut, **options)
+
+    def check(self) -> None:
+        assert same(read_distcp(self.out), MODEL.megatron(MODEL.weights(), per_layer=True))
+        assert shardway.verify(self.out).num_digests > 0
+        assert not list(self.out.parent.rglob("*shardway-*"))
+
+
 def created(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The large files that are begun from now on."""
     names: list[str] = []
@@ -172,6 +185,20 @@ def test_a_journal_is_believed_in_nothing_else(journal: str, conversion: Convers
         conversion.journal.write_text(contents[journal])
     assert conversion.run().resumed == 0
     conversion.check()
+
+
+@pytest.mark.parametrize("damage", ["", "a bit in the middle", "gone"])
+def test_a_migration_goes_on_as_well(damage: str, hf: Path, mcore: Path, stages: Path) -> None:
+    require_notification()
+    migration = Migrating("migration", hf, mcore, stages)
+    migration.kill(4)
+    names = [json.loads(line)["file"] for line in migration.journal.read_text().splitlines()[1:]]
+    if damage:
+        damages()[damage](migration.staged / names[0])
+    report = migration.run()
+    assert report.resumed == len(names) - (damage != "")
+    assert 0 < report.resumed < report.num_files
+    migration.check()
 
 
 def test_a_source_that_has_changed_since_is_read_from_the_beginning(

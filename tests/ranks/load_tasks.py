@@ -184,6 +184,53 @@ def _load_with_megatron(model: Sequence[Any], checkpoint: str) -> None:
         chunk.load_state_dict(loaded[name])
 
 
+def read_by_torch(
+    me: Any, *, hf: str, checkpoints: Sequence[str], grid: Mapping[str, int], fields: Mapping[str, Any]
+) -> Outcome:
+    """Load Megatron checkpoints with megatron-core; the bytes of tensors that torch's reader fetches for each.
+
+    Args:
+        me: This rank.
+        hf: Hugging Face directory.
+        checkpoints: Iteration folders that hold the same model.
+        grid: As `through_a_grid`.
+        fields: Likewise.
+    """
+    import math
+    from unittest import mock
+
+    import torch
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    import shardway
+
+    read = FileSystemReader.read_data
+    fetched: list[int] = []
+
+    def counted(reader: Any, plan: Any, planner: Any) -> Any:
+        for item in plan.items:
+            entry = planner.metadata.state_dict_metadata[item.storage_index.fqn]
+            if isinstance(entry, TensorStorageMetadata):
+                (size,) = (chunk.sizes for chunk in entry.chunks if chunk.offsets == item.storage_index.offset)
+                fetched[-1] += math.prod(size) * entry.properties.dtype.itemsize
+        return read(reader, plan, planner)
+
+    bridge = shardway.AutoBridge.from_hf_pretrained(hf)
+    values = []
+    with model_of(bridge, grid, None, fields) as (_, model), mock.patch.object(FileSystemReader, "read_data", counted):
+        for checkpoint in checkpoints:
+            for chunk in model:
+                for _, value in _tensors(chunk):
+                    value.fill_(torch.nan)
+            fetched.append(0)
+            _load_with_megatron(model, checkpoint)
+            values.append([value.clone() for chunk in model for _, value in _tensors(chunk)])
+            assert all(map(_same, values[0], values[-1]))
+        held = sum(value.numel() * value.element_size() for value in values[0])
+    return Outcome(notes={"fetched": fetched, "held": held})
+
+
 def _leave_logits(model: Sequence[Any], provider: Any, path: Path) -> None:
     import torch
     from megatron.core import parallel_state

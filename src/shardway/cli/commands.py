@@ -30,6 +30,7 @@ def run(chosen: argparse.Namespace) -> int:
     return {
         "import": _import,
         "export": _export,
+        "migrate": _migrate,
         "verify": _verify,
         "inspect": _inspect,
         "plan": _plan,
@@ -73,6 +74,7 @@ def _import(chosen: argparse.Namespace) -> int:
             workers=chosen.workers,
             max_file_size=chosen.max_file_size,
             fsync=not chosen.no_fsync,
+            chunk_for=chosen.chunk_for,
             verify=chosen.verify,
             revision=chosen.revision,
             keep_source=not chosen.no_keep_source,
@@ -98,6 +100,7 @@ def _export(chosen: argparse.Namespace) -> int:
             hf=chosen.hf,
             dtype=chosen.dtype,
             weights=chosen.weights,
+            quantize=chosen.quantize,
             max_shard_size=chosen.max_shard_size,
             if_exists=chosen.if_exists,
             workers=chosen.workers,
@@ -109,6 +112,45 @@ def _export(chosen: argparse.Namespace) -> int:
     _print_conversion("exported", report, chosen, {} if pushed is None else {"pushed": pushed.to_dict()})
     if pushed is not None and not chosen.json and not chosen.quiet:
         print(f"  pushed to {pushed.url}, branch {pushed.revision}, commit {pushed.commit[:12]}")
+    return 0
+
+
+def _migrate(chosen: argparse.Namespace) -> int:
+    from shardway.convert.migrating import migrate
+
+    with progress_display(quiet=chosen.quiet) as progress:
+        report = migrate(
+            chosen.source,
+            chosen.destination,
+            to=chosen.to,
+            layout=chosen.layout,
+            chunk_for=chosen.chunk_for,
+            if_exists=chosen.if_exists,
+            workers=chosen.workers,
+            max_file_size=chosen.max_file_size,
+            fsync=not chosen.no_fsync,
+            verify=chosen.verify,
+            progress=progress,
+        )
+    if chosen.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    elif report.reused and not chosen.quiet:
+        print(f"reused {report.destination}/{report.iteration}: complete, and made from the same source")
+    elif not chosen.quiet:
+        rate = human_bytes(report.num_bytes / max(report.seconds, 1e-9))
+        print(
+            f"migrated to {report.form}: {plural(report.num_tensors, 'tensor')}, {human_bytes(report.num_bytes)} "
+            f"in {report.seconds:.2f} s ({rate}/s)"
+        )
+        checked = f", {report.num_digests:,} recorded digests checked" if report.num_digests else ""
+        checked += ", read back and compared" if report.verified else ""
+        cut = f", chunks for {report.chunk_for}" if report.chunk_for else ""
+        print(
+            f"  {report.destination}/{report.iteration}: {plural(report.num_files, 'file')}, {report.layout} layout"
+            f"{cut}{checked}"
+        )
+        for note in report.notes:
+            print(f"  note: {harmless(note)}")
     return 0
 
 

@@ -99,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_running(command)
     command.add_argument("--max-file-size", default="4GiB", metavar="SIZE", help="largest .distcp file (default: 4GiB)")
+    _add_chunk_for(command, "one for each layer and expert")
     _add_output(command)
 
     command = _command(commands, "export", "Megatron checkpoint -> Hugging Face directory")
@@ -107,11 +108,36 @@ def build_parser() -> argparse.ArgumentParser:
     _add_hf(command)
     _add_dtype(command)
     _add_weights(command)
+    command.add_argument(
+        "--quantize",
+        choices=("fp8-block",),
+        help="quantise again what came from FP8 blocks (default: write it plainly)",
+    )
     _add_running(command)
     _add_shard_size(command)
     command.add_argument("--push", metavar="ORG/NAME", help="then upload DST to this repository on the Hub")
     command.add_argument("--private", action="store_true", help="make the repository a private one, if it is made")
     command.add_argument("--revision", metavar="BRANCH", help="push to this branch (default: main)")
+    _add_output(command)
+
+    command = _command(commands, "migrate", "Megatron checkpoint -> the same for another version, layout or job")
+    command.add_argument("source", metavar="SRC", help="root (the tracker decides) or an iteration folder")
+    command.add_argument("destination", metavar="DST", help="root of the Megatron checkpoint to write")
+    command.add_argument(
+        "--to",
+        choices=("mcore-0.16", "mcore-0.20"),
+        default="mcore-0.16",
+        help="common.pt, which every megatron-core reads (default), or common_state, as 0.19 and later write",
+    )
+    command.add_argument(
+        "--layout",
+        choices=("auto", "stacked", "per-layer"),
+        default="auto",
+        help="layers stacked on a leading axis, or one key each (default: as they are)",
+    )
+    _add_chunk_for(command, "as they are")
+    _add_running(command)
+    command.add_argument("--max-file-size", default="4GiB", metavar="SIZE", help="largest .distcp file (default: 4GiB)")
     _add_output(command)
 
     command = _command(commands, "verify", "compare two checkpoints bit for bit, or check one against its record")
@@ -193,6 +219,15 @@ def _add_revision(command: argparse.ArgumentParser) -> None:
 def _add_hf(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--hf", metavar="DIR", help="directory with config.json and tokenizer (default: hf/ inside the checkpoint)"
+    )
+
+
+def _add_chunk_for(command: argparse.ArgumentParser, default: str) -> None:
+    command.add_argument(
+        "--chunk-for",
+        default="",
+        metavar="JOB",
+        help=f"cut chunks along the shards of a job, such as tp=8,ep=8 (default: {default})",
     )
 
 

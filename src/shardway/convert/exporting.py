@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.convert.configuring import config_json, restored_config
 from shardway.convert.existing import holds_one
-from shardway.convert.options import IfExists, choice, parse_dtype, parse_shard_size
+from shardway.convert.options import IfExists, choice, invalid_option, parse_dtype, parse_shard_size
 from shardway.convert.report import ConversionReport
 from shardway.convert.turns import inode, resume, resumed_bytes, take_turn, was_published, work_key
 from shardway.core.dtypes import FLOAT32
@@ -22,6 +22,7 @@ from shardway.families.layout import layout_of
 from shardway.families.mapping import map_model, variants_in
 from shardway.formats.huggingface import CONFIG_FILE, open_huggingface, read_companions
 from shardway.formats.iterations import find_iteration
+from shardway.formats.quantised import Scheme
 from shardway.formats.record import RECORD_FILE, read_record
 from shardway.formats.run_config import RUN_CONFIG
 from shardway.formats.torch_dist import open_torch_dist
@@ -34,6 +35,7 @@ from shardway.run.engine import parse_workers
 from shardway.run.execute import execute
 from shardway.run.files import failing
 from shardway.run.lease import look
+from shardway.run.losses import Losses, exactness_notes
 from shardway.run.preflight import bytes_needed, check_apart, check_room
 from shardway.run.progress import Meter
 from shardway.run.publish import Staging
@@ -58,6 +60,7 @@ def export_hf(
     hf: str | Path | None = None,
     dtype: str = "auto",
     weights: str = "model",
+    quantize: str | None = None,
     max_shard_size: str | int = "auto",
     if_exists: str = "error",
     workers: int | None = None,
@@ -80,6 +83,8 @@ def export_hf(
         dtype: ``"auto"`` keeps every tensor's bits; ``"bf16"``, ``"fp16"``, ``"fp32"`` cast floating-point tensors.
         weights: ``"model"`` takes the model's own weights; ``"fp32"`` the float32 copies that the optimizer trains,
             where a training checkpoint stores them by name, and writes float32 unless `dtype` says otherwise.
+        quantize: ``"fp8-block"`` quantises again what came from FP8 blocks, by the checkpoint's record, and leaves
+            ``quantization_config`` in config.json; the report says how exact that is (docs/formats/quantised.md).
         max_shard_size: Most tensor bytes in one safetensors file: bytes, or text such as ``"5GB"``.
             ``"auto"``: 5 GB, or less where that makes eight files of at least 512 MB, which are written side by side.
         if_exists: ``"error"``; ``"reuse"`` accepts a directory whose tensors are all bit-equal to what would be
@@ -100,14 +105,15 @@ def export_hf(
     origin, target = Path(source), Path(destination)
     exists = choice("if_exists", if_exists, IfExists)
     num_workers = parse_workers(workers)
-    options = export_options(dtype, weights, max_shard_size)
+    options = export_options(dtype, weights, max_shard_size, quantize)
     checked = _prepare(origin, target, None if hf is None else Path(hf), options, exists, num_workers, progress)
     job, checkpoint = checked.job, checked.checkpoint
     plan = job.plan
     reuse, resumed = checked.reusable, 0
+    losses = Losses()
     if not reuse:
         running = _Running(exists=exists, num_workers=num_workers, fsync=fsync, verify=verify, progress=progress)
-        reuse, resumed = _convert(checked, target, running)
+        reuse, resumed = _convert(checked, target, running, losses)
     return ConversionReport(
         source=str(source),
         destination=str(destination),
@@ -124,22 +130,26 @@ def export_hf(
         reused=reuse,
         resumed=resumed,
         verified=verify and not reuse,
-        notes=plan.notes,
+        notes=(*plan.notes, *exactness_notes(losses.exactness)),
         left_out=job.left_out,
+        requantised=dataclasses.asdict(losses.exactness) if losses.exactness.num_tensors else None,
     )
 
 
-def export_options(dtype: str, weights: str, max_shard_size: str | int) -> ExportOptions:
+def export_options(dtype: str, weights: str, max_shard_size: str | int, quantize: str | None = None) -> ExportOptions:
     """What an export is told, parsed.
 
     Raises:
         ShardwayError: `option-invalid`.
     """
     which = choice("weights", weights, Weights)
+    if quantize not in {None, Scheme.FP8_BLOCK.value}:
+        raise invalid_option("quantize", quantize, Scheme.FP8_BLOCK.value)
     return ExportOptions(
         dtype=parse_dtype(dtype) or (FLOAT32 if which is Weights.FP32 else None),
         max_shard_bytes=parse_shard_size(max_shard_size),
         weights=which,
+        quantize=quantize is not None,
     )
 
 
@@ -230,8 +240,8 @@ def _prepare(
     return _Checked(job, checkpoint, key, reads, reusable)
 
 
-def _convert(checked: _Checked, target: Path, running: _Running) -> tuple[bool, int]:
-    """Write and publish, unless another process does the same.
+def _convert(checked: _Checked, target: Path, running: _Running, losses: Losses) -> tuple[bool, int]:
+    """Write and publish, unless another process does the same; `losses` receives what conversions lost.
 
     Returns:
         Whether that was so, and how many files an earlier run had finished.
@@ -260,7 +270,8 @@ def _convert(checked: _Checked, target: Path, running: _Running) -> tuple[bool, 
             meter = Meter("copy", plan.mcore.num_bytes, progress)
             meter.advance(resumed_bytes(plan, finished))
             with unchanged(*checked.reads):
-                execute(plan, staging, job.companions, num_workers, meter.advance, job.digests, journal, finished)
+                found = job.digests, journal, finished, losses
+                execute(plan, staging, job.companions, num_workers, meter.advance, *found)
                 if running.verify:
                     check_readable(plan, staging.path)
                     compare_plan(plan, staging.path, num_workers, progress, job.digests)
@@ -325,7 +336,8 @@ def prepare_export(checkpoint: TorchDistCheckpoint, hf: Path | None, target: Pat
     known = record.copies if record else mapping.restored
     copies = {name: of for name, of in known.items() if mapping.aliases.get(name) == of}
     narrowed = record.dtypes if record else {}
-    plan = plan_export(state.catalog, mapping, config, copied, copies, narrowed, target, options)
+    quantised = record.quantised if record else {}
+    plan = plan_export(state.catalog, mapping, config, copied, copies, narrowed, quantised, target, options)
     plan = dataclasses.replace(plan, notes=plan.notes + state.notes)
     if restored is not None:
         small = {CONFIG_FILE: config_json(config), **plan.small_files}
@@ -386,6 +398,11 @@ def _why_not_reusable(
     tiles = [piece.tile for stream in plan.streams for piece in stream.pieces]
     compared = dataclasses.replace(plan, hf=found, streams=build_streams(tiles, found.tensors, plan.mcore.tensors))
     differences, damaged = compare_streams(compared, num_workers, progress)
-    if differences or damaged:
-        return f"{len(differences) + len(damaged)} of its tensors hold other values"
+    changed = len(differences) + len(damaged)
+    if plan.requantised is not None:
+        from shardway.run.requantise import check_requantised
+
+        changed += len(check_requantised(plan, found, num_workers))
+    if changed:
+        return f"{changed} of its tensors hold other values"
     return None

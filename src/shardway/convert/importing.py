@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from shardway import __version__
+from shardway.convert.chunk_for import parse_chunk_for
 from shardway.convert.existing import Awaited, Settled, Wanted, holds_one
 from shardway.convert.options import (
     For,
@@ -25,6 +27,7 @@ from shardway.families.bridge import BridgeVersion
 from shardway.families.config import HFConfig
 from shardway.families.layout import Layout
 from shardway.families.mapping import map_model, variants_in
+from shardway.families.parallel import described
 from shardway.formats.huggingface import CONFIG_FILE, survey_huggingface
 from shardway.formats.iterations import TRAIN_STATE
 from shardway.formats.quantised import count_schemes, names_by_scheme, present
@@ -69,6 +72,7 @@ def import_hf(
     if_exists: str = "error",
     workers: int | None = None,
     max_file_size: str | int = "4GiB",
+    chunk_for: str = "",
     fsync: bool = True,
     verify: bool = False,
     revision: str | None = None,
@@ -98,6 +102,8 @@ def import_hf(
             options; ``"replace"`` swaps the new one in when it is complete.
         workers: Threads; by default one per processor, at most 16.
         max_file_size: No ``.distcp`` file grows larger: bytes, or text such as ``"4GiB"``.
+        chunk_for: Text such as ``"tp=8,ep=8"``: chunks are cut along the shards of such a job, so that no rank reads
+            another's bytes; empty: one for each layer and expert.
         fsync: Force everything to the device before it is published.
         verify: Read the result back and compare it with the source before it is published.
         revision: Of a repository on the Hub: branch, tag or commit; by default ``main``.
@@ -129,6 +135,7 @@ def import_hf(
         dtype=parse_dtype(dtype),
         iteration=None if release else iteration,
         max_file_bytes=parse_size("max_file_size", max_file_size),
+        parallel=parse_chunk_for(chunk_for),
     )
     running = _Running(
         source=str(source),
@@ -175,32 +182,17 @@ def _import(
     progress = running.progress
     snapshot = Snapshot(origin)
     job = _prepare(origin, hub, root, options, names, exists, snapshot)
-    checkpoint, mapping, plan, wanted = job.checkpoint, job.mapping, job.plan, job.wanted
+    plan, wanted = job.plan, job.wanted
 
     def report(*, reused: bool, resumed: int = 0, notes: tuple[str, ...] = ()) -> ConversionReport:
-        dtypes: dict[str, int] = {}
-        for name in mapping.hf:
-            source_of = checkpoint.quantised.get(name)
-            kind = (source_of.codes if source_of else checkpoint.catalog.tensors[name]).dtype.name
-            dtypes[kind] = dtypes.get(kind, 0) + 1
-        return ConversionReport(
+        return dataclasses.replace(
+            job.planned,
             source=running.source,
-            destination=str(root),
-            architecture=mapping.architecture,
-            family=mapping.family,
-            layout=mapping.layout.value,
-            iteration=wanted.folder.name,
-            num_tensors=len(mapping.hf),
-            num_parameters=plan.mcore.num_elements,
-            num_bytes=plan.mcore.num_bytes,
-            dtypes=dtypes,
-            num_files=len(plan.targets),
             seconds=time.perf_counter() - running.began,
             reused=reused,
             resumed=resumed,
             verified=verify and not reused,
             notes=(hub.notes if hub is not None else ()) + plan.notes + notes,
-            dequantised=count_schemes(checkpoint.quantised),
         )
 
     if job.settled is Settled.WHOLE:
@@ -237,7 +229,7 @@ def _import(
                     plan, staging, origin, num_workers, meter.advance, {}, journal, finished, losses, supply
                 )
                 files = digest_files(plan, staging.path)
-                staging.write(RECORD_FILE, wanted.record.with_digests(digests, files).to_json())
+                staging.write(RECORD_FILE, wanted.record.with_digests(digests, files).parts())
                 if verify:
                     check_readable(plan, staging.path)
                     compare_plan(plan, staging.path, num_workers, progress, digests)
@@ -281,16 +273,14 @@ class _Job(NamedTuple):
     """An import that is ready to be executed.
 
     Attributes:
-        checkpoint: The source.
-        mapping: The model's mapping.
+        planned: What there is to say about it before it has begun.
         plan: What will be read and written.
         reads: The files of the source that are read.
         wanted: What is to be made.
         settled: What is in place already.
     """
 
-    checkpoint: HuggingFaceCheckpoint
-    mapping: ModelMapping
+    planned: ConversionReport
     plan: Plan
     reads: tuple[str, ...]
     wanted: Wanted
@@ -349,7 +339,34 @@ def _prepare(
     problems.raise_if_any()
     if prepared is None or wanted is None:
         raise RuntimeError(f"{origin} can't be planned, and no problem was found")
-    return _Job(checkpoint, mapping, plan, reads, wanted, settled)
+    return _Job(_planned(checkpoint, mapping, plan, wanted), plan, reads, wanted, settled)
+
+
+def _planned(checkpoint: HuggingFaceCheckpoint, mapping: ModelMapping, plan: Plan, wanted: Wanted) -> ConversionReport:
+    dtypes: dict[str, int] = {}
+    for name in mapping.hf:
+        source_of = checkpoint.quantised.get(name)
+        kind = (source_of.codes if source_of else checkpoint.catalog.tensors[name]).dtype.name
+        dtypes[kind] = dtypes.get(kind, 0) + 1
+    return ConversionReport(
+        source=str(checkpoint.catalog.root),
+        destination=str(wanted.root),
+        architecture=mapping.architecture,
+        family=mapping.family,
+        layout=mapping.layout.value,
+        iteration=wanted.folder.name,
+        num_tensors=len(mapping.hf),
+        num_parameters=plan.mcore.num_elements,
+        num_bytes=plan.mcore.num_bytes,
+        dtypes=dtypes,
+        num_files=len(plan.targets),
+        seconds=0.0,
+        reused=False,
+        resumed=0,
+        verified=False,
+        notes=plan.notes,
+        dequantised=count_schemes(checkpoint.quantised),
+    )
 
 
 def _plan(
@@ -392,6 +409,7 @@ def _record(
             "layout": mapping.layout.value,
             "dtype": options.dtype.name if options.dtype else "auto",
             "max_file_bytes": options.max_file_bytes,
+            **({"chunk_for": described(options.parallel)} if options.parallel else {}),
             "for": f"megatron-bridge {options.bridge}" if options.bridge else "megatron-lm",
         },
         copies=plan.copies,

@@ -28,6 +28,9 @@ class ConversionReport:
         verified: Whether the result was read back and compared with the source.
         notes: What a user should know about the result, one sentence each.
         dequantised: Of an import: number of tensors whose values were computed from quantised ones, by scheme.
+        requantised: Of an export: number of tensors that were quantised (`num_tensors`), that give every bit back
+            (`num_exact`), the largest difference (`max_abs_error`) and in which tensor it is (`largest`); None where
+            none was.
         left_out: For an export, everything in the checkpoint that is no weight: keys of tensors, of objects, and of
             the common state.
     """
@@ -49,6 +52,7 @@ class ConversionReport:
     verified: bool
     notes: tuple[str, ...]
     dequantised: dict[str, int] = dataclasses.field(default_factory=dict)
+    requantised: dict[str, int | float | str] | None = None
     left_out: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, object]:

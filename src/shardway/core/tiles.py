@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from functools import lru_cache
+from operator import sub
 from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.core.boxes import Box, CoverFault, exact_cover, row_major_strides, whole
@@ -144,9 +145,20 @@ def linearise(tile: Tile, hf_box: Box, mcore_box: Box) -> Strided:
     Returns:
         Offsets and strides in elements from the first element of each box.
     """
-    hf_offset, hf_strides = addresses(tile.hf, hf_box)
-    mcore_offset, mcore_strides = addresses(tile.mcore, mcore_box)
-    axes = [(m, h, n) for m, h, n in zip(mcore_strides, hf_strides, tile.sizes, strict=True) if n != 1]
+    hf, mcore = (
+        (tuple(map(sub, side.base, box.start)), side.steps, box.size)
+        for side, box in ((tile.hf, hf_box), (tile.mcore, mcore_box))
+    )
+    return _linearised(tile.sizes, hf, mcore)
+
+
+@lru_cache(maxsize=1024)  # the same in every layer
+def _linearised(sizes: Shape, hf: tuple[Shape, Steps, Shape], mcore: tuple[Shape, Steps, Shape]) -> Strided:
+    """`linearise`, of bases within the boxes, steps, and sizes of the boxes."""
+    (hf_offset, hf_strides), (mcore_offset, mcore_strides) = (
+        addresses(Side("", base, steps), whole(size)) for base, steps, size in (hf, mcore)
+    )
+    axes = [(m, h, n) for m, h, n in zip(mcore_strides, hf_strides, sizes, strict=True) if n != 1]
     axes.sort(key=_falling_stride)
     merged: list[tuple[int, int, int]] = []
     for m, h, n in axes:
@@ -156,8 +168,8 @@ def linearise(tile: Tile, hf_box: Box, mcore_box: Box) -> Strided:
             merged.append((m, h, n))
     if not merged:
         merged = [(1, 1, 1)]
-    m_strides, h_strides, sizes = zip(*merged, strict=True)
-    return Strided(sizes, hf_offset, h_strides, mcore_offset, m_strides)
+    m_strides, h_strides, counts = zip(*merged, strict=True)
+    return Strided(counts, hf_offset, h_strides, mcore_offset, m_strides)
 
 
 def addresses(side: Side, box: Box) -> tuple[int, list[int]]:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
+_FEW = 1000
 _CLASS = re.compile(r"\w{1,200}")
 
 
@@ -67,6 +68,17 @@ class HFConfig:
             return default
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**40:
             raise self.invalid(key, value, "an integer, 0 or more")
+        return value
+
+    def few(self, key: str, default: int) -> int:
+        """As `whole`, for what is enumerated before the weights are looked at, such as layers that predict tokens.
+
+        Raises:
+            ShardwayError: `config-invalid` when it is something else, or more than 1,000.
+        """
+        value = self.whole(key, default)
+        if value > _FEW:
+            raise self.invalid(key, value, f"at most {_FEW}")
         return value
 
     def flag(self, key: str, *, default: bool) -> bool:

@@ -51,7 +51,7 @@ def _layers(config: HFConfig, dims: Mapping[str, int]) -> dict[str, Sequence[Lay
     end = config.get("moe_layer_end_index")
     last = end if isinstance(end, int) and end >= 0 else dims["L"] - 1
     kinds = ["moe" if first <= at <= last and (at + 1) % step == 0 else "dense" for at in range(dims["L"])]
-    num_predicting = config.whole("num_nextn_predict_layers", 0)
+    num_predicting = config.few("num_nextn_predict_layers", 0)
     return {
         "i": tuple(Layer(kinds=frozenset({kind})) for kind in kinds),
         "k": (Layer(kinds=frozenset({"dense"})),) * num_predicting,
@@ -78,7 +78,7 @@ def _restore(fields: Mapping[str, object]) -> dict[str, object]:
 
 def _caveats(config: HFConfig) -> list[str]:
     found = [*gqa.caveats(config), _ROUTING]
-    if config.whole("num_nextn_predict_layers", 0):
+    if config.few("num_nextn_predict_layers", 0):
         found.append(_NO_MTP)
     return found
 

@@ -43,7 +43,7 @@ _MTP = (
 
 
 def _stacks(config: HFConfig, _: Mapping[str, int]) -> dict[str, Sequence[Layer]]:
-    return {"k": (Layer(),) * config.whole("num_nextn_predict_layers", 0)}
+    return {"k": (Layer(),) * config.few("num_nextn_predict_layers", 0)}
 
 
 def _derived(config: HFConfig) -> dict[str, object]:

@@ -187,7 +187,7 @@ def dense_then_moe(config: HFConfig, dims: Mapping[str, int], *, dense: int = 0)
     else:
         num_dense, step = config.whole("first_k_dense_replace", dense), config.count("moe_layer_freq", 1)
         moe = [layer >= num_dense and layer % step == 0 for layer in range(dims["L"])]
-    num_predicting = config.whole("num_nextn_predict_layers", 0)
+    num_predicting = config.few("num_nextn_predict_layers", 0)
     return {
         "i": tuple(Layer(kinds=kinds[is_moe]) for is_moe in moe),
         "k": tuple(Layer(kinds=kinds[True], names={"n": dims["L"] + k}) for k in range(num_predicting)),

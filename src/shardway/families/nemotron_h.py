@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.families import gqa, mamba, moe
-from shardway.families.family import Family, Field, Layer, Provider, Variant
+from shardway.families.family import Alias, Family, Field, Layer, Provider, Variant
 from shardway.families.rules import Part, Rule, only_when, qkv, renamed, same
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def _decoder(config: HFConfig) -> str:
 
 def _predicting(config: HFConfig) -> tuple[int, str]:
     """How many tokens are predicted beyond the next, and the layers that do it for each."""
-    number = config.whole("num_nextn_predict_layers", 0)
+    number = config.few("num_nextn_predict_layers", 0)
     if not number:
         return 0, ""
     pattern = _symbols(config, "mtp_hybrid_override_pattern", "mtp_layers_block_type")
@@ -191,7 +191,10 @@ def _dims(config: HFConfig) -> dict[str, int]:
     mamba.require(
         config, absent=("use_bias", "mamba_proj_bias", "attention_bias", "mlp_bias"), conv_bias="use_conv_bias"
     )
-    values = {**config.values, "num_hidden_layers": len(_decoder(config))}
+    pattern = _decoder(config)
+    values = {**config.values, "num_hidden_layers": len(pattern)}
+    if "-" not in pattern + _predicting(config)[1]:  # no layer is an MLP; megatron-core's own default
+        values["intermediate_size"] = config.count("intermediate_size", 4 * config.count("hidden_size"))
     found = gqa.dims(replace(config, values=values), config.count("attention_head_dim", 128)) | mamba.dims(
         heads=config.count("mamba_num_heads"),
         head_dim=config.count("mamba_head_dim"),
@@ -295,6 +298,15 @@ NEMOTRON_H = Family(
     kinds=tuple(_KINDS.values()),
     per_layer=True,
     variants=_VARIANTS,
+    aliases=tuple(
+        Alias(hf="lm_head.weight", of=f"{module}.weight", when=f"tied {form}")
+        for module, form in (
+            ("backbone.embeddings", "!in_memory !singular"),
+            ("backbone.embedding", "!in_memory singular"),
+            ("model.embeddings", "in_memory !singular"),
+            ("model.embedding", "in_memory singular"),
+        )
+    ),
     extra_state=("output_layer",),
     provider=Provider(
         target="megatron.bridge.models.hybrid.hybrid_provider.HybridModelProvider",

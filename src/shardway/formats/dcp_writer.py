@@ -126,12 +126,10 @@ class MetadataEmitter:
 
     def _size(self, values: Shape) -> bytes:
         writer = self._writer
-        known = writer.recall(("size", values))
+        known = writer.recall(values)
         if known is not None:
             return known
-        return writer.memoise(
-            ("size", values), writer.reference("torch", "Size") + writer.integers(values) + b"\x85" + REDUCE
-        )
+        return writer.memoise(values, writer.reference("torch", "Size") + writer.integers(values) + b"\x85" + REDUCE)
 
     def _index(self, parts: list[bytes], key: str, start: Shape | None) -> None:
         writer = self._writer

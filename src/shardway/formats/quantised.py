@@ -210,7 +210,8 @@ class _Finder:
         self.problems: list[Problem] = []
         self._tensors = tensors
         self._settings = settings
-        self._method = settings.get("quant_method")
+        self._method = str(settings.get("quant_method"))
+        self._algorithm = str(settings.get("quant_algo"))
 
     def look(self) -> None:
         groups = self._config_groups()
@@ -232,7 +233,7 @@ class _Finder:
 
     def _knows_fp8(self) -> bool:
         if self._method == "modelopt":
-            return self._settings.get("quant_algo") in {"FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO"}
+            return self._algorithm in {"FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO"}
         return self._method in {"fp8", "compressed-tensors", "fbgemm_fp8"}
 
     def _fp8(self, name: str, tensor: StoredTensor, block: Shape | None) -> None:
@@ -355,7 +356,7 @@ class _Finder:
 
     def _block(self, groups: Sequence[_Weights]) -> Shape | None:
         """How many rows and columns share a scale, where the config says that blocks do."""
-        by_default = self._method == "fp8" or self._settings.get("quant_algo") == "FP8_PB_WO"
+        by_default = self._method == "fp8" or self._algorithm == "FP8_PB_WO"
         given = self._settings.get("weight_block_size", _BLOCK if by_default else None)
         structures = [group.block for group in groups if group.num_bits == 8 and group.block is not None]
         if given is None and structures:

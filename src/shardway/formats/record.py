@@ -7,6 +7,7 @@ and the ``hf`` folder is in it, and a checkpoint without it exports as well.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +18,7 @@ from shardway.formats.json_text import JsonInvalidError, parse_json
 from shardway.formats.small_files import read_small_file
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 RECORD_FILE = "shardway.json"
@@ -26,6 +27,8 @@ _VERSION = 2
 _ALGORITHM = "xxh3-128"
 _BLANK = "0" * 32
 _END = b'"\n}\n'  # what follows the record's own digest
+_TAIL_BYTES = len(_BLANK) + len(_END)
+_PART_BYTES = 2**16
 
 # Digest of each chunk of a tensor, by the chunk's first index.
 ChunkDigests = dict[tuple[str, tuple[int, ...]], str]
@@ -81,9 +84,15 @@ class Record:
 
     def to_json(self) -> bytes:
         """The record as the bytes of ``shardway.json``, its own digest last."""
+        return b"".join(self.parts())
+
+    def parts(self) -> Iterator[bytes]:
+        """The bytes of ``shardway.json`` piece by piece."""
+        import xxhash
+
         chunks: dict[str, dict[str, str]] = {}
-        for (tensor, start), digest in sorted(self.digests.items()):
-            chunks.setdefault(tensor, {})[".".join(map(str, start))] = digest
+        for tensor, start in sorted(self.digests):
+            chunks.setdefault(tensor, {})[".".join(map(str, start))] = self.digests[tensor, start]
         document = {
             "format": _VERSION,
             "written_by": self.written_by,
@@ -105,8 +114,17 @@ class Record:
             },
             "digest": _BLANK,
         }
-        blank = (json.dumps(document, indent=1) + "\n").encode()
-        return _with_own_digest(blank, _own_digest(blank))
+        hasher = xxhash.xxh3_128()
+        waiting = bytearray()
+        for text in itertools.chain(json.JSONEncoder(indent=1).iterencode(document), "\n"):
+            waiting += text.encode()
+            if len(waiting) > _PART_BYTES:
+                part = bytes(waiting[:-_TAIL_BYTES])
+                del waiting[:-_TAIL_BYTES]
+                hasher.update(part)
+                yield part
+        hasher.update(waiting)
+        yield _with_own_digest(bytes(waiting), hasher.hexdigest())
 
 
 def read_record(folder: Path) -> Record | None:
@@ -197,7 +215,7 @@ def _own_digest(data: bytes) -> str:
 
 
 def _with_own_digest(data: bytes, digest: str) -> bytes:
-    return data[: -len(_BLANK) - len(_END)] + digest.encode() + _END
+    return data[:-_TAIL_BYTES] + digest.encode() + _END
 
 
 def _invalid(path: Path, why: str) -> ShardwayError:

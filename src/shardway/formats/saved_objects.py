@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import struct
-from binascii import crc32
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +30,7 @@ from shardway.formats.small_files import read_small_file
 from shardway.formats.zips import (
     Entry,
     ZipInvalidError,
-    central_entry,
-    directory_end,
-    local_entry,
-    local_header,
-    local_header_bytes,
+    archive,
     read_directory,
 )
 
@@ -264,24 +259,10 @@ def write_torch_file(value: object, *, name: str = "archive") -> bytes:
     pieces = [(b"data.pkl", pickle), (b"byteorder", b"little")]
     pieces += [(b"data/%d" % number, tensor.data) for number, tensor in enumerate(emitter.tensors)]
     pieces.append((b"version", b"3\n"))
-    parts: list[bytes] = []
-    central: list[bytes] = []
-    at = 0
     for tensor in emitter.tensors:
         if len(tensor.data) != tensor.dtype.num_bytes(math.prod(tensor.shape)):
             raise ValueError(f"{len(tensor.data)} bytes for a {tensor.dtype.name} tensor of shape {list(tensor.shape)}")
-    for piece, content in pieces:
-        full = name.encode() + b"/" + piece
-        if piece.startswith(b"data/"):
-            padding = 4 + -(at + local_header_bytes(full, len(content)) + 4) % 64
-            entry = local_header(full, len(content), padding, crc32(content)) + content
-        else:
-            entry = local_entry(full, content)
-        central.append(central_entry(full, at, len(content), crc32(content)))
-        parts.append(entry)
-        at += len(entry)
-    directory = b"".join(central)
-    return b"".join((*parts, directory, directory_end(len(central), len(directory), at)))
+    return archive(name.encode(), pieces)
 
 
 class _Emitter:

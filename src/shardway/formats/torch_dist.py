@@ -100,10 +100,29 @@ class TorchDistCheckpoint:
         Raises:
             ShardwayError: `tensor-missing` for a key that is not there, or what `read_torch_bytes` raises.
         """
+        return read_torch_bytes(self.object_bytes(key), file=f"{self.root} ({key})")
+
+    def object_bytes(self, key: str) -> bytes:
+        """The file of `torch.save` that holds the pickled object `key`, unread.
+
+        Raises:
+            ShardwayError: `tensor-missing` for a key that is not there, `torch-file-invalid` for an object of more than
+                256 MiB, `distcp-truncated`, `file-missing`, `file-unreadable`.
+        """
         location = self.metadata.objects.get(key)
         if location is None:
             raise ShardwayError(Problem(code=Code.TENSOR_MISSING, what=f"there is no object {key}", file=self.root))
-        return _read_object(self.root, key, location)
+        return _object_bytes(self.root, key, location)
+
+    def common_bytes(self) -> bytes:
+        """The file of `torch.save` that holds the common state: a dict, or in the newer form a list of one.
+
+        Raises:
+            ShardwayError: As `object_bytes`.
+        """
+        if self.common_form == "common.pt":
+            return read_small_file(self.root / "common.pt", MAX_FILE_BYTES)
+        return self.object_bytes(COMMON_STATE)
 
 
 def open_torch_dist(path: Path, *, wanted: Callable[[str], bool] | None = None) -> TorchDistCheckpoint:
@@ -165,16 +184,12 @@ def _hf_dir(root: Path) -> Path | None:
     return path if path.is_dir() else None
 
 
-def metadata_json() -> bytes:
-    """Content of ``metadata.json``: the four-field form that every megatron-core reads."""
-    return json.dumps(
-        {
-            "sharded_backend": "torch_dist",
-            "sharded_backend_version": 1,
-            "common_backend": "torch",
-            "common_backend_version": 1,
-        }
-    ).encode()
+def metadata_json(*, common_pt: bool = True) -> bytes:
+    """Content of ``metadata.json``: with ``common.pt`` the four fields that every megatron-core reads, else two."""
+    fields: dict[str, object] = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    if common_pt:
+        fields |= {"common_backend": "torch", "common_backend_version": 1}
+    return json.dumps(fields).encode()
 
 
 def common_pt(
@@ -390,7 +405,7 @@ def _read_common(root: Path, metadata: DcpMetadata) -> tuple[dict[str, object], 
         value = read_torch_file(path)
     elif location is not None:
         form = "common_state"
-        value = _read_object(root, COMMON_STATE, location)
+        value = read_torch_bytes(_object_bytes(root, COMMON_STATE, location), file=f"{root} ({COMMON_STATE})")
         value = value[0] if isinstance(value, list) and len(value) == 1 else value
     else:
         raise ShardwayError(
@@ -407,7 +422,7 @@ def _read_common(root: Path, metadata: DcpMetadata) -> tuple[dict[str, object], 
     return _string_keyed(value), form
 
 
-def _read_object(root: Path, key: str, location: DcpLocation) -> object:
+def _object_bytes(root: Path, key: str, location: DcpLocation) -> bytes:
     name, offset, length = location
     if length > MAX_FILE_BYTES:
         what = f"the object {key} has {length:,} bytes; at most {MAX_FILE_BYTES:,} are read"
@@ -425,7 +440,7 @@ def _read_object(root: Path, key: str, location: DcpLocation) -> object:
     if len(data) != length:
         what = f"{name} ends within the object {key}"
         raise ShardwayError(Problem(code=Code.DISTCP_TRUNCATED, what=what, tensor=key, file=root / name))
-    return read_torch_bytes(data, file=f"{root / name} ({key})")
+    return data
 
 
 def _string_keyed(value: dict[object, object]) -> dict[str, object]:

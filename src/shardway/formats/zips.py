@@ -7,7 +7,7 @@ from binascii import crc32
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     Read = Callable[[int, int], bytes]
 
@@ -213,6 +213,30 @@ def directory_end(count: int, size: int, start: int) -> bytes:
             _END.pack(b"PK\x05\x06", 0, 0, min(count, 0xFFFF), min(count, 0xFFFF), size, min(start, MAX_32), 0),
         )
     )
+
+
+def archive(folder: bytes, pieces: Sequence[tuple[bytes, bytes]]) -> bytes:
+    """An archive of small files in one folder, as `torch.save` lays them out: what is below ``data/`` at 64 bytes.
+
+    Args:
+        folder: Name of the folder.
+        pieces: Name below it, and content, of each file in order.
+    """
+    parts: list[bytes] = []
+    central: list[bytes] = []
+    at = 0
+    for piece, content in pieces:
+        full = folder + b"/" + piece
+        if piece.startswith(b"data/"):
+            padding = 4 + -(at + local_header_bytes(full, len(content)) + 4) % 64
+            entry = local_header(full, len(content), padding, crc32(content)) + content
+        else:
+            entry = local_entry(full, content)
+        central.append(central_entry(full, at, len(content), crc32(content)))
+        parts.append(entry)
+        at += len(entry)
+    directory = b"".join(central)
+    return b"".join((*parts, directory, directory_end(len(central), len(directory), at)))
 
 
 def _wide_sizes(size: int) -> bytes:

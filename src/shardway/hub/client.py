@@ -1,7 +1,7 @@
 """The one module that imports huggingface_hub: its errors become ours, and no more of it is used than this.
 
-huggingface_hub 1.0 and later (2.4 was tried). Endpoint, token, cache and offline mode are its own affair: the
-environment variables that it documents hold.
+huggingface_hub 1.1 and later (1.1, 1.10, 2.0 and 2.4 were tried). Endpoint, token, cache and offline mode are its own
+affair: the environment variables that it documents hold.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 _TIMEOUT_S = 30.0
+_TRIES = 5
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _PASSING = {408, 425, 429}
 
@@ -211,19 +212,38 @@ def download(repository: Repository, file: str, folder: Path | None, advance: Ca
     """
     hub = library("the Hub")
     place: dict[str, Any] = {} if folder is None else {"local_dir": folder}
-    with speaking(repository.name, repository.revision, f"fetch {file} of"):
-        got = hub.hf_hub_download(
-            repository.name, file, revision=repository.sha, tqdm_class=_bar(advance), etag_timeout=_TIMEOUT_S, **place
-        )
-    return Path(got)
+    for tries_left in reversed(range(_TRIES)):
+        num_bytes = 0
+
+        def arrived(more: int) -> None:
+            nonlocal num_bytes
+            num_bytes += more
+            advance(more)
+
+        bar = _bar(arrived)
+        try:
+            with speaking(repository.name, repository.revision, f"fetch {file} of"):
+                got = hub.hf_hub_download(
+                    repository.name, file, revision=repository.sha, tqdm_class=bar, etag_timeout=_TIMEOUT_S, **place
+                )
+        except ShardwayError as error:
+            # Before 2.0 the library leaves it to its caller to begin again, and goes on from what has arrived.
+            if error.code is not Code.HUB_UNREACHABLE or not num_bytes or not tries_left:
+                raise
+            advance(-num_bytes)
+        else:
+            return Path(got)
+    raise RuntimeError("one of the tries returns or raises")
 
 
 def _bar(advance: Callable[[int], None]) -> type:
     """What huggingface_hub takes for a progress bar of tqdm."""
 
     class Bar:
-        def __init__(self, *_: object, **__: object) -> None:
+        def __init__(self, *_: object, initial: float = 0, **__: object) -> None:
             self.total = self.n = 0
+            if initial:
+                advance(int(initial))
 
         def __enter__(self) -> Self:
             return self

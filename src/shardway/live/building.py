@@ -221,9 +221,7 @@ class MegatronProvider:
         config = self.transformer_config()
         variant = getattr(config, "experimental_attention_variant", None)
         if variant is not None:
-            what = f"models with megatron-core's experimental attention ({variant}) can't be built here"
-            cure = "build the model with Megatron Bridge; import and export carry its weights from file to file"
-            raise ShardwayError(Problem(code=Code.OPTION_INVALID, what=what, cure=cure))
+            raise _not_built(f"megatron-core's experimental attention ({variant})")
         engine = has_transformer_engine()
         spec = get_gpt_decoder_block_spec(
             config, use_transformer_engine=engine, normalization=config.normalization, vp_stage=vp_stage
@@ -313,6 +311,16 @@ class MegatronProvider:
         problems.raise_if_any()
 
 
+def _not_built(having: str) -> ShardwayError:
+    return ShardwayError(
+        Problem(
+            code=Code.OPTION_INVALID,
+            what=f"models with {having} can't be built here",
+            cure="build it with megatron-core or Megatron Bridge; load_hf_weights and load_megatron_weights fill it",
+        )
+    )
+
+
 @contextlib.contextmanager
 def _refusals(doing: str) -> Iterator[None]:
     """Turn what megatron-core raises about a config into the project's error."""
@@ -349,6 +357,8 @@ def provider_of(
     names = None if hf is None else present(open_huggingface(hf)).catalog.tensors
     keys = None if megatron is None else open_torch_dist(megatron, wanted=lambda _: False).metadata.tensors
     mapping = map_model(config, variants=variants_in(config, hf=names, mcore=keys))
+    if "mamba_num_heads" in mapping.megatron_config:
+        raise _not_built("Mamba mixers")
     return MegatronProvider(mapping.megatron_config, dtype=_dtype(config, dtype), load=load)
 
 

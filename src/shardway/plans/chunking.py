@@ -6,13 +6,17 @@ import math
 from typing import TYPE_CHECKING
 
 from shardway.core.boxes import Box, hull, row_major_strides, span
+from shardway.core.errors import Code
 from shardway.core.tiles import reach
+from shardway.families.parallel import UnevenError, loaded_boxes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from shardway.core.errors import Problems
     from shardway.core.tensors import Shape
     from shardway.core.tiles import Tile
+    from shardway.families.parallel import Parallelism
 
 # Two writers on one file wait for each other (ext4 and XFS lock the inode), so even a small checkpoint is spread over
 # several files; past this many more only cost metadata operations on a shared filesystem.
@@ -47,6 +51,31 @@ def chunk_boxes(shape: Shape, tiles: Sequence[Tile], max_elements: int) -> list[
         else:
             merged.append((last, box))
     return [part for _, box in merged for part in split_box(box, max_elements)]
+
+
+def shard_boxes(key: str, shape: Shape, parallel: Parallelism | None, problems: Problems) -> list[Box] | None:
+    """The chunks along whose edges the ranks of a job load a tensor.
+
+    Args:
+        key: The tensor's key on disk.
+        shape: Its global shape.
+        parallel: The job; None for none.
+        problems: Gets `option-invalid` where its ranks can't have equal parts.
+
+    Returns:
+        Boxes that cover the tensor exactly once; None without a job, and for tensors that are not a model's.
+    """
+    try:
+        return None if parallel is None else loaded_boxes(key, shape, parallel)
+    except UnevenError as error:
+        problems.add(
+            Code.OPTION_INVALID,
+            f"{key} can't be cut along the shards of that job: {error}",
+            tensor=key,
+            facts=(f"shape {list(shape)}",),
+            cure="choose sizes that divide it, or leave out --chunk-for",
+        )
+        return None
 
 
 def split_box(box: Box, max_elements: int) -> list[Box]:

@@ -16,11 +16,12 @@ from shardway.formats.sharding import INDEX_FILE, index_json, shard_tensors
 from shardway.plans.imports import config_with_dtype
 from shardway.plans.matching import match_megatron, padded_rows
 from shardway.plans.model import Direction, Plan, TargetFile
+from shardway.plans.requantised import block_of, names_to_quantise, plan_requantised, stored_as
 from shardway.plans.streams import build_streams, chunk_problems
 from shardway.plans.weights import Weights
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
     from pathlib import Path
 
     from shardway.core.dtypes import DType
@@ -41,11 +42,13 @@ class ExportOptions:
         max_shard_bytes: No safetensors file holds more tensor bytes, unless a single tensor has. None: 5 GB, or less
             where that makes eight files of at least 512 MB, so that threads need not write to one file.
         weights: Which copy of the weights is meant, where a training checkpoint holds two.
+        quantize: Whether what came from FP8 blocks is quantised again.
     """
 
     dtype: DType | None = None
     max_shard_bytes: int | None = None
     weights: Weights = Weights.MODEL
+    quantize: bool = False
 
 
 @collector_paused()
@@ -56,6 +59,7 @@ def plan_export(
     copied_files: tuple[tuple[str, str], ...],
     copies: Mapping[str, str],
     narrowed: Mapping[str, str],
+    quantised: Mapping[str, tuple[str, ...]],
     destination: Path,
     options: ExportOptions,
 ) -> Plan:
@@ -68,11 +72,13 @@ def plan_export(
         copied_files: Files to go along: name in the destination, and path.
         copies: Tensors that the original held as copies of another one (name: which one), to be restored.
         narrowed: Tensors that the original held in another type than Megatron does, and that type by torch's name.
+        quantised: By scheme, the tensors that the original held quantised.
         destination: The directory to be.
         options: What the user chose.
 
     Raises:
-        ShardwayError: Everything that is missing, unexpected, misshapen or not covered once, together.
+        ShardwayError: Everything that is missing, unexpected, misshapen or not covered once, together;
+            `option-invalid` where there is nothing to quantise.
     """
     problems = Problems()
     padded = padded_rows(mapping, source.tensors)
@@ -88,7 +94,11 @@ def plan_export(
             dtypes[name] = options.dtype
         else:
             dtypes[name] = dtype_of_torch(narrowed[name]) if name in narrowed else stored
-    wanted = [(name, dtypes[name], shape) for name, shape in mapping.hf.items()]
+    names = names_to_quantise(quantised, mapping.hf) if options.quantize else frozenset()
+    block, _ = block_of(config) if names else ((1, 1), False)
+    wanted = []
+    for name, shape in mapping.hf.items():
+        wanted += stored_as(name, shape, block) if name in names else [(name, dtypes[name], shape)]
     shards = shard_tensors(wanted, options.max_shard_bytes or default_shard_bytes(wanted))
     tensors: dict[str, StoredTensor] = {}
     targets = []
@@ -99,19 +109,24 @@ def plan_export(
             chunk = Chunk((0,) * len(shape), shape, shard.file, offset)
             tensors[name] = StoredTensor(name, dtype, shape, (chunk,))
     small_files = {INDEX_FILE: index_json(shards)} if len(shards) > 1 else {}
-    if options.dtype is not None or QUANTIZATION_CONFIG in config:
-        small_files["config.json"] = config_with_dtype(without_quantisation(config), options.dtype)
+    if options.dtype is not None or (QUANTIZATION_CONFIG in config and not names):
+        plain = config if names else without_quantisation(config)
+        small_files["config.json"] = config_with_dtype(plain, options.dtype)
         copied_files = tuple(file for file in copied_files if file[0] != "config.json")
+    carried = [tile for tile in mapping.tiles if tile.hf.tensor not in names]
+    streams = tuple(stream for stream in build_streams(carried, tensors, source.tensors) if stream.pieces)
+    made = plan_requantised(names, config, mapping.tiles, tensors, source.tensors, streams) if names else None
     return Plan(
         direction=Direction.EXPORT,
         hf=Catalog(root=destination, tensors=tensors),
         mcore=source,
-        streams=tuple(stream for stream in build_streams(mapping.tiles, tensors, source.tensors) if stream.pieces),
+        streams=streams,
         shifts=mapping.shifts,
         targets=tuple(targets),
         small_files=small_files,
         copied_files=copied_files,
-        notes=tuple(_notes(source, mapping, dtypes, narrowed, padded, config)),
+        notes=tuple(_notes(source, mapping, dtypes, narrowed, padded, config, names)),
+        requantised=made,
     )
 
 
@@ -128,16 +143,17 @@ def _notes(
     narrowed: Mapping[str, str],
     padded: Mapping[str, Shape],
     config: Mapping[str, object],
+    names: Collection[str],
 ) -> list[str]:
     cast: dict[tuple[str, str], set[str]] = {}
     for tile in mapping.tiles:
         stored, written = source.tensors[tile.mcore.tensor].dtype, dtypes[tile.hf.tensor]
-        if stored is not written and tile.hf.tensor not in narrowed:
+        if stored is not written and tile.hf.tensor not in narrowed and tile.hf.tensor not in names:
             cast.setdefault((stored.name, written.name), set()).add(tile.hf.tensor)
     notes = [f"{len(names)} tensors were cast from {old} to {new}" for (old, new), names in cast.items()]
+    if QUANTIZATION_CONFIG in config and not names:
+        notes.append(f"{QUANTIZATION_CONFIG} was left out of config.json: the weights are not quantised")
     for name, (rows, *_) in padded.items():
         wanted = mapping.mcore[name][0]
         notes.append(f"{name} has {rows:,} rows for the config's {wanted:,} tokens; the padding was cut off")
-    if QUANTIZATION_CONFIG in config:
-        notes.append(f"{QUANTIZATION_CONFIG} was left out of config.json: the weights are not quantised")
     return notes

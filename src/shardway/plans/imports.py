@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING
 from shardway.core.collector import collector_paused
 from shardway.core.dtypes import dtype_of_torch
 from shardway.core.errors import Code, Problems
-from shardway.core.tensors import Catalog, Chunk, StoredTensor
+from shardway.core.tensors import Catalog, StoredTensor
 from shardway.families.bridge import TRAINED_IN, BridgeVersion, run_config
 from shardway.families.megatron_lm import args_of
-from shardway.formats.dcp import DcpChunk, DcpLocation, DcpTensor, write_metadata
+from shardway.formats.dcp import write_metadata
 from shardway.formats.huggingface import is_tokenizer_file
 from shardway.formats.iterations import TRAIN_STATE
 from shardway.formats.quantised import copy_problems, dequantised_notes
 from shardway.formats.run_config import RUN_CONFIG, run_config_yaml
 from shardway.formats.torch_dist import common_pt, extra_state, metadata_json, train_state_pt
-from shardway.formats.torch_file import tensor_blob_frame
-from shardway.plans.chunking import assign_files, chunk_boxes
+from shardway.plans.chunking import chunk_boxes, shard_boxes, split_box
+from shardway.plans.laying import Blob, Described, lay_out
 from shardway.plans.matching import match_huggingface
-from shardway.plans.model import Direction, Plan, TargetFile
+from shardway.plans.model import Direction, Plan
 from shardway.plans.streams import BLOCK_BYTES, build_streams
 
 if TYPE_CHECKING:
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from shardway.core.tensors import Shape
     from shardway.core.tiles import Tile
     from shardway.families.mapping import ModelMapping
+    from shardway.families.parallel import Parallelism
     from shardway.formats.huggingface import HuggingFaceCheckpoint
+    from shardway.plans.laying import Laid
 
 HF_FOLDER = "hf"
 TOKENIZER_FOLDER = "tokenizer"
@@ -53,6 +55,7 @@ class ImportOptions:
         megatron_lm: Whether Megatron-LM is to find its arguments in it.
         tokenizer: What those are to load the tokenizer from: a name on the Hub, or a directory.
         max_file_bytes: No ``.distcp`` file grows larger, but for the least: one chunk of 4 KiB and what frames it.
+        parallel: The job along whose shards chunks are cut; None for one chunk for each layer and expert.
     """
 
     dtype: DType | None = None
@@ -61,6 +64,7 @@ class ImportOptions:
     megatron_lm: bool = False
     tokenizer: str = TOKENIZER_FOLDER
     max_file_bytes: int = 4 * 2**30
+    parallel: Parallelism | None = None
 
 
 @collector_paused()
@@ -89,22 +93,24 @@ def plan_import(
     on: dict[str, list[Tile]] = {}
     for tile in mapping.tiles:
         on.setdefault(tile.mcore.tensor, []).append(tile)
-    laid = _lay_out(source, mapping, on, dtypes, options.max_file_bytes)
+    laid = _lay_out(source, mapping, on, dtypes, options)
     catalog = Catalog(
         root=destination,
         tensors={
-            key: StoredTensor(key, dtypes[key], shape, tuple(laid.chunks[key])) for key, shape in mapping.mcore.items()
+            key: StoredTensor(key, dtypes[key], shape, tuple(laid.chunks.pop(key)))
+            for key, shape in mapping.mcore.items()
         },
     )
     trained_in = options.dtype.name if options.dtype is not None else _usual_dtype(source.catalog.tensors)
     args = _args(mapping, trained_in, options) if options.megatron_lm else None
     small_files = {
-        ".metadata": laid.metadata(mapping, dtypes),
+        ".metadata": write_metadata(
+            Described(catalog.tensors, laid), dict.fromkeys(mapping.extra_state, laid.objects[0])
+        ),
         "metadata.json": metadata_json(),
         "common.pt": common_pt(options.iteration or 0, mapping.content_metadata, args),
         TRAIN_STATE: train_state_pt(options.iteration or 0),
     }
-    laid.blobs.clear()
     copied = {f"{HF_FOLDER}/{file.name}": file.name for file in source.small_files}
     if options.bridge is not None:
         document = run_config(mapping, trained_in, options.tokenizer, options.bridge)
@@ -197,62 +203,34 @@ def widened(source: HuggingFaceCheckpoint, mapping: ModelMapping) -> dict[str, s
     return found
 
 
-class _Laid:
-    """Where every chunk goes, as it is being worked out."""
-
-    def __init__(self) -> None:
-        self.chunks: dict[str, list[Chunk]] = {}
-        self.blobs: dict[str, list[DcpChunk]] = {}
-        self.blob_offsets: dict[tuple[str, int], int] = {}
-        self.targets: list[TargetFile] = []
-        self.empty_object: DcpLocation
-
-    def metadata(self, mapping: ModelMapping, dtypes: Mapping[str, DType]) -> bytes:
-        tensors = {key: DcpTensor(dtypes[key], shape, tuple(self.blobs[key])) for key, shape in mapping.mcore.items()}
-        return write_metadata(tensors, dict.fromkeys(mapping.extra_state, self.empty_object))
-
-
 def _lay_out(
     source: HuggingFaceCheckpoint,
     mapping: ModelMapping,
     on: Mapping[str, list[Tile]],
     dtypes: Mapping[str, DType],
-    max_file_bytes: int,
-) -> _Laid:
-    """Give every chunk its file and place: chunks in the order of the model's layers, files filled evenly."""
+    options: ImportOptions,
+) -> Laid:
+    """Give every chunk its file and place, in the order of the model's layers."""
     order = {name: place for place, name in enumerate(mapping.hf)}
+    most = max(options.max_file_bytes - _MAX_FRAME_BYTES, BLOCK_BYTES)
+    problems = Problems()
     blobs = []
     for key, shape in mapping.mcore.items():
-        itemsize = dtypes[key].itemsize
-        boxes = chunk_boxes(shape, on[key], max(max_file_bytes - _MAX_FRAME_BYTES, BLOCK_BYTES) // itemsize)
+        dtype = dtypes[key]
+        boxes = shard_boxes(key, shape, options.parallel, problems)
+        if boxes is None:
+            boxes = chunk_boxes(shape, on[key], most // dtype.itemsize)
+        else:
+            boxes = [part for box in boxes for part in split_box(box, most // dtype.itemsize)]
         first = {tile.mcore.base: tile for tile in on[key]}
         tile = on[key][0]
         for box in boxes:
             tile = first.get(box.start, tile)
-            blobs.append((order[tile.hf.tensor], key, box, tile))
-    blobs.sort(key=lambda blob: blob[:2])
-    sizes = [box.num_elements * dtypes[key].itemsize for _, key, box, _ in blobs]
-    laid = _Laid()
-    empty = extra_state()
-    literals: tuple[tuple[int, bytes], ...] = ((0, empty),)
-    name, at = _file_name(0), len(empty)
-    laid.empty_object = DcpLocation(name, 0, len(empty))
-    last = 0
-    for number, (_, key, box, tile) in zip(assign_files(sizes, max_file_bytes), blobs, strict=True):
-        dtype = dtypes[key]
-        align, phase = _phase(source.catalog.tensors[tile.hf.tensor], box.size, dtype)
-        frame = tensor_blob_frame(dtype, box.size, offset=at, align=align, phase=phase)
-        if number != last or (at and at + frame.length > max_file_bytes):
-            laid.targets.append(TargetFile(name, at, literals))
-            name, at, literals, last = _file_name(len(laid.targets)), 0, (), number
-            frame = tensor_blob_frame(dtype, box.size, offset=at, align=align, phase=phase)
-        chunk = Chunk(box.start, box.size, name, at + len(frame.head))
-        laid.chunks.setdefault(key, []).append(chunk)
-        laid.blobs.setdefault(key, []).append(DcpChunk(box.start, box.size, DcpLocation(name, at, frame.length)))
-        laid.blob_offsets[name, chunk.offset] = at
-        at += frame.length
-    laid.targets.append(TargetFile(name, at, literals))
-    return laid
+            align, phase = _phase(source.catalog.tensors[tile.hf.tensor], box.size, dtype)
+            blobs.append((order[tile.hf.tensor], Blob(key, box, dtype, align, phase)))
+    problems.raise_if_any()
+    blobs.sort(key=lambda blob: (blob[0], blob[1].key, blob[1].box))
+    return lay_out([blob for _, blob in blobs], [extra_state()], options.max_file_bytes)
 
 
 def _phase(tensor: StoredTensor, size: Shape, dtype: DType) -> tuple[int, int]:
@@ -260,10 +238,6 @@ def _phase(tensor: StoredTensor, size: Shape, dtype: DType) -> tuple[int, int]:
     offset = tensor.chunks[0].offset
     worthwhile = dtype is tensor.dtype and math.prod(size) * dtype.itemsize >= _ALIGN_WORTHWHILE_BYTES
     return (BLOCK_BYTES, offset % BLOCK_BYTES) if worthwhile and offset % 8 == 0 else (_ALIGN, 0)
-
-
-def _file_name(number: int) -> str:
-    return f"__0_{number}.distcp"
 
 
 def _notes(

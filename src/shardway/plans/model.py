@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from shardway.core.tensors import Catalog, Chunk
     from shardway.core.tiles import Tile
     from shardway.formats.quantised import Quantised
+    from shardway.plans.requantised import Requantised
 
 
 class Direction(enum.Enum):
@@ -90,6 +91,7 @@ class Plan:
         copies: Hugging Face tensors that must be bit-equal copies of another one before anything is published.
         notes: What a user should know about the result, one sentence each.
         quantised: Hugging Face tensors whose values are computed from what is stored, and what that is.
+        requantised: Of an export: what is quantised; no stream writes it.
     """
 
     direction: Direction
@@ -103,11 +105,13 @@ class Plan:
     copies: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     quantised: Mapping[str, Quantised] = field(default_factory=dict)
+    requantised: Requantised | None = None
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of tensors on the Megatron side that the streams carry."""
-        return sum(stream.num_bytes for stream in self.streams)
+        """Bytes of tensors on the Megatron side that the streams carry, and of codes that are made."""
+        made = self.requantised.num_bytes if self.requantised is not None else 0
+        return sum(stream.num_bytes for stream in self.streams) + made
 
     @property
     def disk_bytes(self) -> int:

@@ -64,7 +64,7 @@ def build_streams(
     tiles: Iterable[Tile],
     hf: Mapping[str, StoredTensor],
     mcore: Mapping[str, StoredTensor],
-    blob_offsets: Mapping[tuple[str, int], int] | None = None,
+    blob_offsets: Mapping[str, Sequence[int]] | None = None,
 ) -> Streams:
     """Cut tiles into streams.
 
@@ -72,7 +72,7 @@ def build_streams(
         tiles: The mosaic; tiles of tensors that `mcore` lacks are left out.
         hf: The tensors of the Hugging Face side; their chunks cover them exactly once.
         mcore: The tensors of the Megatron side; likewise.
-        blob_offsets: Where the blob of a chunk to be written starts, by the chunk's file and offset.
+        blob_offsets: Where the blobs of each tensor of `mcore` start that is to be written, in the order of its chunks.
 
     Returns:
         Streams that together hold every element of every tensor in `mcore` once, ordered by file and offset.
@@ -91,6 +91,9 @@ def build_streams(
         if blob_offsets is None:
             found = _with_whole_combs(found, on.get(name, ()), hf, tensor.shape)
         table.tensors.append(tensor)
+        starts: dict[tuple[str, int], int] = {}
+        if blob_offsets is not None:
+            starts = {(c.file, c.offset): at for c, at in zip(tensor.chunks, blob_offsets.get(name, ()), strict=True)}
         for box, chunks in found:
             first, last = span(box, strides)
             live = [(end, number) for end, number in live if end >= first]
@@ -100,7 +103,7 @@ def build_streams(
                     live.append((end, len(table.tiles)))
                     table.tiles.append(tile)
             places.append((chunks[0].file, chunks[0].offset, len(places)))
-            table.add(chunks, [number for _, number in live], blob_offsets)
+            table.add(chunks, [number for _, number in live], starts)
     places.sort()
     return Streams(table, array("I", (number for _, _, number in places)))
 
@@ -126,14 +129,11 @@ class _Table:
         self._past_tile = array("I")
 
     def add(
-        self,
-        chunks: tuple[Chunk, ...],
-        tile_numbers: Iterable[int],
-        blob_offsets: Mapping[tuple[str, int], int] | None,
+        self, chunks: tuple[Chunk, ...], tile_numbers: Iterable[int], blob_offsets: Mapping[tuple[str, int], int]
     ) -> None:
-        """Add a stream of the last tensor: its chunks, and the tiles that may reach into it."""
+        """Add a stream of the last tensor: its chunks, the tiles that may reach into it, and where blobs start."""
         self._chunks += chunks
-        if blob_offsets is not None:
+        if blob_offsets:
             self._blob_offsets.extend(blob_offsets[chunk.file, chunk.offset] for chunk in chunks)
         self._tile_numbers.extend(tile_numbers)
         self._tensor_numbers.append(len(self.tensors) - 1)

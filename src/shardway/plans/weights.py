@@ -97,11 +97,11 @@ def model_state(checkpoint: TorchDistCheckpoint, weights: Weights = Weights.MODE
             own[key] = tensor
     moved: dict[tuple[str, Shape], tuple[str, Shape]] = {}
     copies: list[str] = []
-    tensors = _joined(own, checkpoint, moved, copies)
+    tensors = joined(own, checkpoint, moved, copies)
     notes: list[str] = []
     used: set[str] = set()
     if weights is Weights.FP32:
-        trained = _joined(masters, checkpoint, {}, [])
+        trained = joined(masters, checkpoint, {}, [])
         tensors, untrained = with_masters(tensors, trained, checkpoint)
         used = {tensor.name for tensor in masters.values()}
         notes += about_masters(trained, untrained)
@@ -145,7 +145,7 @@ def _place_of(key: str) -> _Place:
     return _Place(name, expert, half)
 
 
-def _joined(
+def joined(
     stored: Mapping[str, StoredTensor],
     checkpoint: TorchDistCheckpoint,
     moved: dict[tuple[str, Shape], tuple[str, Shape]],
@@ -158,6 +158,9 @@ def _joined(
         checkpoint: Where they are.
         moved: Receives where chunks are now, by tensor and start.
         copies: Receives keys of tensors of which there is another whole one.
+
+    Raises:
+        ShardwayError: `shape-mismatch` or `dtype-mixed` where parts of one tensor do not belong together.
     """
     parts: dict[str, list[tuple[_Place, StoredTensor]]] = {}
     for key, tensor in stored.items():

@@ -135,8 +135,13 @@ def read_pieces(plan: Plan, stream: Stream, block: Box, hf: Files, losses: Losse
     They hold until the thread's next call.
     """
     memory = _SCRATCH.array("block", (block.num_elements,), _array_type(stream.dtype))
-    for part, values in parts_of(plan, stream, block, hf, losses):
-        part_of(memory, part, block)[...] = values
+    shift = plan.shifts.get(stream.tensor, 0.0)
+    for piece, part in pieces_in(stream, block):
+        dtype = plan.hf.tensors[part.hf.tensor].dtype
+        place = part_of(memory, part, block)
+        values = read_part(plan, piece, part, hf, losses, None if shift or dtype is not stream.dtype else place)
+        if values is not place:
+            place[...] = convert(values, dtype, stream.dtype, part.hf.tensor, losses, shift)
     return memory
 
 
@@ -149,15 +154,19 @@ def parts_of(plan: Plan, stream: Stream, block: Box, hf: Files, losses: Losses) 
         yield part, convert(values, dtype, stream.dtype, part.hf.tensor, losses, shift)
 
 
-def read_part(plan: Plan, piece: Piece, part: Tile, hf: Files, losses: Losses) -> Array:
-    """The bits of a part of a piece, as the Hugging Face side has them, in the shape of the part's grid."""
+def read_part(plan: Plan, piece: Piece, part: Tile, hf: Files, losses: Losses, into: Array | None = None) -> Array:
+    """The bits of a part of a piece, as the Hugging Face side has them, in the shape of the part's grid.
+
+    Values that are computed may be written to `into`, which is then returned.
+    """
     dtype = plan.hf.tensors[part.hf.tensor].dtype
     source = plan.quantised.get(part.hf.tensor)
     if source is not None:
         from shardway.run.dequantise import read_quantised
 
         computed = FLOAT32 if dtype is FLOAT16 else dtype
-        return convert(read_quantised(source, part, hf, computed), computed, dtype, part.hf.tensor, losses)
+        place = into if computed is dtype else None
+        return convert(read_quantised(source, part, hf, computed, place), computed, dtype, part.hf.tensor, losses)
     offset, strides = addresses(part.hf, Box(piece.hf.start, piece.hf.size))
     at = piece.hf.offset + offset * dtype.itemsize
     return gather(hf, piece.hf.file, at, part.sizes, tuple(strides), _array_type(dtype))[0]

@@ -36,7 +36,7 @@ _SCRATCH = Scratch()
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
-def read_quantised(source: Quantised, part: Tile, files: Files, dtype: DType) -> Array:
+def read_quantised(source: Quantised, part: Tile, files: Files, dtype: DType, into: Array | None = None) -> Array:
     """The values of a part of a quantised tensor.
 
     Args:
@@ -44,10 +44,11 @@ def read_quantised(source: Quantised, part: Tile, files: Files, dtype: DType) ->
         part: The part; its Hugging Face side is the tensor that is presented.
         files: Open files of the checkpoint.
         dtype: bfloat16 or float32.
+        into: Where the values belong, in the shape of the part's grid; they are computed there where that can be.
 
     Returns:
         The bits of the values in the shape of the part's grid: unsigned integers of 16 or 32 bits. They hold until the
-        thread's next call.
+        thread's next call, unless they are `into`.
 
     Raises:
         ShardwayError: `io-failed`, `source-changed`.
@@ -67,13 +68,24 @@ def read_quantised(source: Quantised, part: Tile, files: Files, dtype: DType) ->
         axis, step = walks[k]
         places[axis] = places[axis] + _along(part.sizes[k], n, len(outer)) * step
     scales, rows = _read_scales(source, places, [part.sizes[k] for k in outer], (begin, last), files)
-    values = dequantise(source.scheme, codes, scales, rows, begin % source.group[-1], source.group[-1], dtype)
+    at = begin % source.group[-1], source.group[-1]
+    place = None
+    if (
+        into is not None
+        and [*outer, *within] == list(range(len(walks)))
+        and len(codes) * (last + 1 - first) == into.size
+    ):
+        flat = into.reshape(len(codes), -1)
+        place = flat if np.may_share_memory(flat, into) and flat.shape[1] == codes.shape[1] * per_byte else None
+    values = dequantise(source.scheme, codes, scales, rows, *at, dtype, place)
+    if place is not None and into is not None:
+        return into
     values = values[:, first - begin : last + 1 - begin]
     if within:
         wanted = sum(_along(part.sizes[k], n, len(within)) * walks[k][1] for n, k in enumerate(within))
-        flat = np.asarray(wanted).reshape(-1)
-        if len(flat) != values.shape[1] or np.any(flat[1:] < flat[:-1]):
-            values = values[:, flat]
+        chosen = np.asarray(wanted).reshape(-1)
+        if len(chosen) != values.shape[1] or np.any(chosen[1:] < chosen[:-1]):
+            values = values[:, chosen]
     grid = values.reshape([part.sizes[k] for k in (*outer, *within)])
     return grid.transpose(np.argsort([*outer, *within]))
 
@@ -147,7 +159,14 @@ def as_scales(raw: Array, dtype: DType) -> Array:
 
 
 def dequantise(
-    scheme: Scheme, codes: Array, scales: Array, rows: Array, offset: int, group: int, dtype: DType
+    scheme: Scheme,
+    codes: Array,
+    scales: Array,
+    rows: Array,
+    offset: int,
+    group: int,
+    dtype: DType,
+    into: Array | None = None,
 ) -> Array:
     """Compute values.
 
@@ -159,13 +178,16 @@ def dequantise(
         offset: Place of the first value of each row in its group of columns.
         group: How many columns share a scale.
         dtype: bfloat16 or float32.
+        into: Where to write the bits of the values [rows, columns]; None for memory that is used again.
 
     Returns:
         The bits of the values [rows, columns]; as many columns as the bytes hold. They hold until the next call.
     """
     num_rows, num_bytes = codes.shape
     num_columns = num_bytes if scheme.startswith("fp8") else 2 * num_bytes
-    values = _SCRATCH.array("values", (num_rows, num_columns), dtype.numpy())
+    values = (
+        _SCRATCH.array("values", (num_rows, num_columns), dtype.numpy()) if into is None else into.view(dtype.numpy())
+    )
     step = max(1, _STEP_VALUES // max(num_columns, 1))
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         if scheme.startswith("fp8") and _CODES * scales.size <= _FEW * codes.size:
@@ -193,7 +215,7 @@ class _LookUp:
 
     def __init__(self, scales: Array, group: int, offset: int, num_columns: int, dtype: DType) -> None:
         self._table = (
-            (scales[..., None] * _fp8()).astype(dtype.numpy()).view(np.dtype(f"u{dtype.itemsize}")).reshape(-1)
+            (scales[..., None] * fp8_values()).astype(dtype.numpy()).view(np.dtype(f"u{dtype.itemsize}")).reshape(-1)
         )
         self._stride = _CODES * scales.shape[1]
         firsts = np.arange(scales.shape[1]) * _CODES
@@ -230,13 +252,13 @@ def _decode(scheme: Scheme, codes: Array, values: Array) -> None:
     """Codes [rows, bytes] as float32 [rows, values]."""
     flat = codes.reshape(-1)
     if scheme.startswith("fp8"):
-        np.take(_fp8(), flat, out=values.reshape(-1), mode="wrap")
+        np.take(fp8_values(), flat, out=values.reshape(-1), mode="wrap")
     else:
         np.take(_nibbles(scheme), flat, out=values.reshape(-1).view(np.uint64), mode="wrap")
 
 
 @cache
-def _fp8() -> Array:
+def fp8_values() -> Array:
     """The value of each code of float8_e4m3fn, as float32."""
     return np.asarray(np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn), np.float32)
 

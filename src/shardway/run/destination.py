@@ -79,18 +79,24 @@ class Tracker:
     Args:
         root: Root of the checkpoint; it exists.
         iteration: Number of the iteration that is about to be published; None for a release.
-        train_state: Contents of its train_state.pt.
+        train_state: Contents of its train_state.pt; None where it has none.
         sync: Force the files to the device.
         staged_in: Directory for what is not published yet; None: the root.
     """
 
     def __init__(
-        self, root: Path, iteration: int | None, train_state: bytes, *, sync: bool, staged_in: Path | None = None
+        self,
+        root: Path,
+        iteration: int | None,
+        train_state: bytes | None,
+        *,
+        sync: bool,
+        staged_in: Path | None = None,
     ) -> None:
-        self._files = [
-            StagedFile(root / LATEST_TRAIN_STATE, train_state, sync=sync, staged_in=staged_in),
-            StagedFile(root / TRACKER, tracker_text(iteration), sync=sync, staged_in=staged_in),
-        ]
+        self._files = [StagedFile(root / TRACKER, tracker_text(iteration), sync=sync, staged_in=staged_in)]
+        if train_state is not None:
+            latest = StagedFile(root / LATEST_TRAIN_STATE, train_state, sync=sync, staged_in=staged_in)
+            self._files.insert(0, latest)
         self._root = root
         self._iteration = iteration
 
@@ -125,6 +131,6 @@ class Tracker:
 def publish_tracker(root: Path, folder: Path, iteration: int | None, *, sync: bool) -> tuple[str, ...]:
     """Let the root name an iteration whose folder is in place already; see `Tracker`."""
     with failing("read", folder / TRAIN_STATE):
-        train_state = (folder / TRAIN_STATE).read_bytes()
+        train_state = (folder / TRAIN_STATE).read_bytes() if (folder / TRAIN_STATE).exists() else None
     with Tracker(root, iteration, train_state, sync=sync) as tracker:
         return tracker.publish()

@@ -70,6 +70,7 @@ def execute(
     cloner = Cloner(hf, mcore)
     movers: list[Mover] = []
     idle: list[Mover] = []
+    losses = losses or Losses()
 
     def make_mover() -> Mover:
         with contextlib.suppress(IndexError):
@@ -91,7 +92,8 @@ def execute(
 
         def tell(batch_file: str) -> None:
             staging.check()
-            if not any(mover.losses.overflowed for mover in movers):  # such a run fails, and must not be gone on from
+            # A run that overflows fails, and must not be gone on from; what is quantised is in no batch.
+            if plan.requantised is None and not any(mover.losses.overflowed for mover in movers):
                 noted.done(batch_file)
             if staging.sync:
                 flusher.flush(batch_file)
@@ -107,6 +109,15 @@ def execute(
                 if supply is not None and wave.frees:
                     hf.close()
                     supply.release(wave.frees)
+            if plan.requantised is not None:
+                from shardway.run.requantise import Requantiser
+
+                idle[:] = movers
+                checks = batches(plan.requantised.checked, _import_file)
+                Engine(checks, make_mover, num_workers).run()
+                requantiser = Requantiser(plan, mcore, hf, advance)
+                requantiser.run(num_workers)
+                losses.exactness = requantiser.exactness
 
         if staging.sync:
             with Flusher(written) as flusher:
@@ -114,7 +125,6 @@ def execute(
                 flusher.finish(target.name for target in plan.targets)
         else:
             run()
-    losses = losses or Losses()
     for mover in movers:
         losses.add(mover.losses)
     _check_overflows(losses, plan)
@@ -123,9 +133,11 @@ def execute(
     for name, source in plan.copied_files:
         staging.copy(companions / source, name)
     digests: ChunkDigests = {}
-    for by_file in (finished.files, *(mover.digests for mover in movers)):
-        for known in by_file.values():
-            digests |= known
+    for known in finished.files.values():
+        digests |= known
+    for mover in movers:
+        while mover.digests:
+            digests |= mover.digests.popitem()[1]
     return digests
 
 

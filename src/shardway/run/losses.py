@@ -3,6 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Exactness:
+    """How well quantised tensors give their values back.
+
+    Attributes:
+        num_tensors: How many were quantised.
+        num_exact: How many of them give every bit back.
+        max_abs_error: Largest absolute difference of a value and what comes back for it.
+        largest: The tensor in which that is; empty where all are exact.
+    """
+
+    num_tensors: int = 0
+    num_exact: int = 0
+    max_abs_error: float = 0.0
+    largest: str = ""
 
 
 class Losses:
@@ -11,11 +29,13 @@ class Losses:
     Attributes:
         overflowed: Finite values that a cast made infinite.
         rounded: Values that a shift rounded, so that the way back doesn't give them.
+        exactness: How well what was quantised gives its values back.
     """
 
     def __init__(self) -> None:
         self.overflowed: Counter[str] = Counter()
         self.rounded: Counter[str] = Counter()
+        self.exactness = Exactness()
 
     def add(self, other: Losses) -> None:
         """Count what another thread met."""
@@ -29,3 +49,13 @@ def rounding_notes(losses: Losses) -> list[str]:
         f"{count} values of {tensor} were rounded; an export gives them back only to the nearest"
         for tensor, count in sorted(losses.rounded.items())
     ]
+
+
+def exactness_notes(found: Exactness) -> list[str]:
+    """What a user should know about tensors that were quantised, one sentence each."""
+    if not found.num_tensors:
+        return []
+    note = f"{found.num_tensors} tensors were quantised to fp8-block; {found.num_exact} of them give every bit back"
+    if found.max_abs_error:
+        note += f", the others differ by at most {found.max_abs_error:.3g} ({found.largest})"
+    return [note]

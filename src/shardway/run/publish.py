@@ -109,12 +109,13 @@ class Staging:
             finally:
                 os.close(descriptor)
 
-    def write(self, name: str, contents: bytes) -> None:
-        """Write a whole small file and, where asked for, force it to the device."""
+    def write(self, name: str, contents: bytes | Iterable[bytes]) -> None:
+        """Write a whole small file, at once or part by part, and, where asked for, force it to the device."""
         path = self._path_of(name)
-        with failing(f"write {len(contents)} bytes", path):
+        with failing(f"write {len(contents)} bytes" if isinstance(contents, bytes) else "write", path):
             self._make_parents(name)
-            path.write_bytes(contents)
+            with path.open("wb") as file:
+                file.writelines((contents,) if isinstance(contents, bytes) else contents)
             if self.sync:
                 sync_file(path)
 

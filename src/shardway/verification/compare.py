@@ -114,6 +114,18 @@ def compare_plan(
         )
         for name, found in sorted(differences.items())
     ]
+    if plan.requantised is not None:
+        from shardway.run.requantise import check_requantised
+
+        problems += [
+            Problem(
+                code=Code.VERIFY_FAILED,
+                what=f"{name} was not written as it was quantised",
+                tensor=name,
+                cure="the disk or memory may be faulty; nothing was published",
+            )
+            for name in sorted(check_requantised(plan, plan.hf, num_workers))
+        ]
     if problems:
         raise ShardwayError(problems)
 

@@ -17,6 +17,7 @@ from shardway.plans.imports import HF_FOLDER
 from shardway.plans.matching import is_training_state
 from shardway.run.engine import parse_workers
 from shardway.run.source import unchanged
+from shardway.verification.authors import FORMS, author
 from shardway.verification.digests import tensor_digests
 from shardway.verification.opening import Checkpoint, in_whole_bytes, open_checkpoint, snapshot_of
 
@@ -54,7 +55,7 @@ class InspectReport:
         layout: ``stacked`` or ``per-layer``, for Megatron.
         iteration: Number of the iteration, for Megatron; None for a release.
         form: For Megatron: ``mcore <= 0.18`` (common.pt) or ``mcore >= 0.19`` (common_state).
-        written_by: Program that wrote it, where it says so.
+        written_by: Program that wrote it, where that shows.
         num_parameters: Elements of all tensors.
         num_bytes: Bytes of all tensors.
         dtypes: Number of tensors by dtype.
@@ -171,10 +172,8 @@ def _particulars(checkpoint: Checkpoint) -> dict[str, Any]:
         "architecture": architecture,
         "layout": layout_of(checkpoint.catalog.tensors).value,
         "iteration": checkpoint.iteration,
-        "form": "mcore <= 0.18 (common.pt)"
-        if checkpoint.common_form == "common.pt"
-        else "mcore >= 0.19 (common_state)",
-        "written_by": record.written_by if record else None,
+        "form": FORMS[checkpoint.common_form],
+        "written_by": author(checkpoint, record),
         "objects": tuple(key for key in checkpoint.objects if not is_training_state(key)),
         "training_state": tuple(sorted(filter(is_training_state, keys))),
         "files": dict(checkpoint.files),

@@ -47,6 +47,7 @@ def mapped(**changed: object) -> Any:
         ({"use_bias": True}, "use_bias is true, which a hybrid model"),
         ({"use_conv_bias": False}, "use_conv_bias is false, which a hybrid model"),
         ({"num_nextn_predict_layers": 1}, "mtp_hybrid_override_pattern is missing"),
+        ({**PREDICTING, "num_nextn_predict_layers": 2**39}, "num_nextn_predict_layers is .*; expected at most 1000"),
         ({"n_routed_experts": None}, "num_experts is missing"),
     ],
 )
@@ -79,6 +80,18 @@ def test_one_block_that_repeats_stands_for_all_further_tokens() -> None:
 def test_a_model_without_experts_says_nothing_of_them() -> None:
     dense = mapped(hybrid_override_pattern="M*--")
     assert not [name for name in dense.megatron_config if "moe" in name]
+
+
+def test_a_head_may_be_there_although_it_is_tied() -> None:
+    tied = mapped(tie_word_embeddings=True)
+    assert tied.aliases == {"lm_head.weight": "backbone.embeddings.weight"}
+    assert "output_layer.weight" not in tied.mcore
+
+
+def test_a_width_of_mlps_is_asked_for_where_there_are_any() -> None:
+    assert mapped(hybrid_override_pattern="M*ME", intermediate_size=None).megatron_config["ffn_hidden_size"] == 32
+    with pytest.raises(ShardwayError, match="intermediate_size is missing"):
+        mapped(intermediate_size=None)
 
 
 def test_the_words_of_another_activation_are_a_caveat() -> None:

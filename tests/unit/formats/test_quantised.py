@@ -198,3 +198,29 @@ def test_a_record_names_what_was_dequantised(blocks: Path, tmp_path: Path) -> No
     assert document["quantised"] == {"fp8-block": [name for name in MODEL.shapes if "_proj" in name]}
     assert shardway.verify(tmp_path / "out").equal
     assert shardway.import_hf(blocks, tmp_path / "out", fsync=False, if_exists="reuse").reused
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "fp8",
+        [],
+        {"quant_method": []},
+        {"quant_method": {"fp8": 1}, "quant_algo": ["FP8"]},
+        {"quant_method": "modelopt", "quant_algo": {}},
+        {"quant_method": "fp8", "weight_block_size": "128"},
+        {"quant_method": "fp8", "weight_block_size": [True, 128]},
+        {"quant_method": "fp8", "weight_block_size": [2**70, 1]},
+        {"quant_method": "fp8", "weight_block_size": {}},
+        {"quant_method": "compressed-tensors", "config_groups": [1]},
+        {"quant_method": "compressed-tensors", "config_groups": {"a": 3, "b": {"weights": []}}},
+        {"quant_method": "compressed-tensors", "config_groups": {"b": {"weights": {"num_bits": [], "group_size": {}}}}},
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {"b": {"weights": {"num_bits": 8, "strategy": "block", "block_structure": "128x128"}}},
+        },
+    ],
+)
+def test_no_config_makes_more_than_problems_of_it(settings: Any, blocks: Path) -> None:
+    configure(blocks, settings)
+    assert problems_of(blocks)

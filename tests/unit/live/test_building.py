@@ -73,6 +73,16 @@ def test_attention_that_is_not_built_here_is_refused() -> None:
     assert refused.value.code is Code.OPTION_INVALID
 
 
+def test_hybrids_are_not_built_here() -> None:
+    mixer = {"mamba_num_heads": 2, "mamba_head_dim": 4, "n_groups": 1, "ssm_state_size": 4}
+    hybrid = {**CONFIG, **mixer, "architectures": ["NemotronHForCausalLM"], "hybrid_override_pattern": "M*-M"}
+    with pytest.raises(
+        ShardwayError, match=r"models with Mamba mixers can't be built here.*\n.*load_hf_weights"
+    ) as refused:
+        shardway.AutoBridge.from_hf_config(hybrid).to_megatron_provider(load_weights=False)
+    assert refused.value.code is Code.OPTION_INVALID
+
+
 def test_megatron_core_has_its_say() -> None:
     made = provider(num_attention_heads=5, tensor_model_parallel_size=2)
     with pytest.raises(ShardwayError) as refused:

@@ -1,0 +1,122 @@
+"""Laying chunks and objects down in ``.distcp`` files."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from shardway.core.tensors import Chunk
+from shardway.formats.dcp import DcpChunk, DcpLocation, DcpTensor
+from shardway.formats.torch_file import tensor_blob_frame
+from shardway.plans.chunking import assign_files
+from shardway.plans.model import TargetFile
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from shardway.core.boxes import Box
+    from shardway.core.dtypes import DType
+    from shardway.core.tensors import StoredTensor
+
+
+class Blob(NamedTuple):
+    """A chunk that is to be laid down.
+
+    Attributes:
+        key: Key of its tensor.
+        box: Which part of the tensor it is.
+        dtype: The tensor's type.
+        align: Its first element comes to lie at a multiple of this many bytes ...
+        phase: ... and so many bytes.
+    """
+
+    key: str
+    box: Box
+    dtype: DType
+    align: int
+    phase: int
+
+
+@dataclass(slots=True)
+class Laid:
+    """Where everything goes.
+
+    Attributes:
+        chunks: By key.
+        blob_offsets: Where the blobs of those chunks start, by key.
+        blob_bytes: Their sizes, by key.
+        targets: The files.
+        objects: Where each object is.
+    """
+
+    chunks: dict[str, list[Chunk]] = field(default_factory=dict)
+    blob_offsets: dict[str, array[int]] = field(default_factory=dict)
+    blob_bytes: dict[str, array[int]] = field(default_factory=dict)
+    targets: list[TargetFile] = field(default_factory=list)
+    objects: list[DcpLocation] = field(default_factory=list)
+
+
+class Described(Mapping[str, DcpTensor]):
+    """Tensors as ``.metadata`` describes them, each made when it is asked for.
+
+    Args:
+        tensors: By key, with the chunks that were laid down.
+        laid: Where their blobs are.
+    """
+
+    def __init__(self, tensors: Mapping[str, StoredTensor], laid: Laid) -> None:
+        self._tensors = tensors
+        self._laid = laid
+
+    def __getitem__(self, key: str) -> DcpTensor:
+        _, dtype, shape, chunks = self._tensors[key]
+        blobs = zip(chunks, self._laid.blob_offsets.get(key, ()), self._laid.blob_bytes.get(key, ()), strict=True)
+        found = (DcpChunk(c.start, c.size, DcpLocation(c.file, at, num_bytes)) for c, at, num_bytes in blobs)
+        return DcpTensor(dtype, shape, tuple(found))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def lay_out(blobs: Sequence[Blob], objects: Sequence[bytes], max_file_bytes: int) -> Laid:
+    """Give everything its file and place: objects first, then chunks in their order, files filled evenly.
+
+    Args:
+        blobs: The chunks.
+        objects: Files of `torch.save`.
+        max_file_bytes: No file grows larger, unless a single chunk or object does.
+    """
+    laid = Laid()
+    name, at = _file_name(0), 0
+    literals: tuple[tuple[int, bytes], ...] = ()
+    for contents in objects:
+        if at and at + len(contents) > max_file_bytes:
+            laid.targets.append(TargetFile(name, at, literals))
+            name, at, literals = _file_name(len(laid.targets)), 0, ()
+        laid.objects.append(DcpLocation(name, at, len(contents)))
+        literals = (*literals, (at, contents))
+        at += len(contents)
+    last = 0
+    sizes = [blob.box.num_elements * blob.dtype.itemsize for blob in blobs]
+    for number, (key, box, dtype, align, phase) in zip(assign_files(sizes, max_file_bytes), blobs, strict=True):
+        frame = tensor_blob_frame(dtype, box.size, offset=at, align=align, phase=phase)
+        if number != last or (at and at + frame.length > max_file_bytes):
+            laid.targets.append(TargetFile(name, at, literals))
+            name, at, literals, last = _file_name(len(laid.targets)), 0, (), number
+            frame = tensor_blob_frame(dtype, box.size, offset=at, align=align, phase=phase)
+        chunk = Chunk(box.start, box.size, name, at + len(frame.head))
+        laid.chunks.setdefault(key, []).append(chunk)
+        laid.blob_offsets.setdefault(key, array("Q")).append(at)
+        laid.blob_bytes.setdefault(key, array("Q")).append(frame.length)
+        at += frame.length
+    laid.targets.append(TargetFile(name, at, literals))
+    return laid
+
+
+def _file_name(number: int) -> str:
+    return f"__0_{number}.distcp"
