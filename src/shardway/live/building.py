@@ -63,8 +63,8 @@ _PADDING: dict[str, object] = {"make_vocab_size_divisible_by": 128, "should_pad_
 _CONFIG_ATTRIBUTES = ("yarn_",)
 # What megatron-core's own layers have no kernels for.
 _WITHOUT_TRANSFORMER_ENGINE = {"moe_grouped_gemm": False, "moe_permute_fusion": False, "apply_rope_fusion": False}
-# The dispatcher that megatron-core has for a CPU; the other makes CUDA streams.
-_WITHOUT_GPU = {"moe_token_dispatcher_type": "allgather"}
+# The dispatcher that megatron-core has for a CPU; the other makes CUDA streams, and alone can overlap shared experts.
+_WITHOUT_GPU = {"moe_token_dispatcher_type": "allgather", "moe_shared_expert_overlap": False}
 _SIZES = {
     "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size,
     "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size,
