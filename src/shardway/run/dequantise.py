@@ -68,24 +68,20 @@ def read_quantised(source: Quantised, part: Tile, files: Files, dtype: DType, in
         axis, step = walks[k]
         places[axis] = places[axis] + _along(part.sizes[k], n, len(outer)) * step
     scales, rows = _read_scales(source, places, [part.sizes[k] for k in outer], (begin, last), files)
-    at = begin % source.group[-1], source.group[-1]
+    wanted = sum(_along(part.sizes[k], n, len(within)) * walks[k][1] for n, k in enumerate(within))
+    columns = np.asarray(wanted).reshape(-1)
+    straight = len(columns) == last + 1 - first and not np.any(columns[1:] < columns[:-1])
     place = None
-    if (
-        into is not None
-        and [*outer, *within] == list(range(len(walks)))
-        and len(codes) * (last + 1 - first) == into.size
-    ):
+    if into is not None and straight and [*outer, *within] == list(range(len(walks))):
         flat = into.reshape(len(codes), -1)
         place = flat if np.may_share_memory(flat, into) and flat.shape[1] == codes.shape[1] * per_byte else None
+    at = begin % source.group[-1], source.group[-1]
     values = dequantise(source.scheme, codes, scales, rows, *at, dtype, place)
     if place is not None and into is not None:
         return into
     values = values[:, first - begin : last + 1 - begin]
-    if within:
-        wanted = sum(_along(part.sizes[k], n, len(within)) * walks[k][1] for n, k in enumerate(within))
-        chosen = np.asarray(wanted).reshape(-1)
-        if len(chosen) != values.shape[1] or np.any(chosen[1:] < chosen[:-1]):
-            values = values[:, chosen]
+    if not straight:
+        values = values[:, columns]
     grid = values.reshape([part.sizes[k] for k in (*outer, *within)])
     return grid.transpose(np.argsort([*outer, *within]))
 

@@ -160,9 +160,43 @@ def test_grids_that_take_turns_and_are_turned_round(swapped: bool, tmp_path: Pat
     walks = [(3, 0, 6), (4, 1, 5), (rows, 0, 2), (2, 1, 1)]  # size, axis, step
     side = Side("w", base, tuple((axis, step) for _, axis, step in walks))
     sizes = tuple(size for size, _, _ in walks)
-    found = read(tmp_path, source, Tile(sizes, side, side._replace(tensor="m")))
-    for index in np.ndindex(*sizes):
-        place = list(base)
-        for at, (_, axis, step) in zip(index, walks, strict=True):
+    check_everywhere(tmp_path, source, Tile(sizes, side, side._replace(tensor="m")), whole)
+
+
+@pytest.mark.parametrize(
+    "walks",
+    [
+        [(24, 0, 1), (36, 1, 1)],
+        [(2, 0, 12), (12, 0, 1), (4, 1, 9), (9, 1, 1)],
+        [(24, 0, 1), (9, 1, 1), (4, 1, 9)],  # all columns, in another order
+        [(36, 1, 1), (24, 0, 1)],
+        [(12, 0, 2), (36, 1, 1)],
+    ],
+)
+def test_values_may_be_computed_where_they_belong(walks: list[tuple[int, int, int]], tmp_path: Path) -> None:
+    rng = np.random.default_rng(7)
+    source = quantised(tmp_path, Scheme.FP8_BLOCK, fp8_codes(rng, (24, 36)), scales(rng, (2, 3)), (16, 16))
+    whole = read(tmp_path, source)
+    side = Side("w", (0, 0), tuple((axis, step) for _, axis, step in walks))
+    tile = Tile(tuple(size for size, _, _ in walks), side, side._replace(tensor="m"))
+    check_everywhere(tmp_path, source, tile, whole)
+
+
+def check_everywhere(path: Path, source: Quantised, tile: Tile, whole: Any) -> None:
+    """Hold a tile's values, new ones and those in memory of each kind, against the whole tensor."""
+    wanted = np.empty(tile.sizes, np.uint16)
+    for index in np.ndindex(*tile.sizes):
+        place = list(tile.hf.base)
+        for at, (axis, step) in zip(index, tile.hf.steps, strict=True):
             place[axis] += at * step
-        assert found[index] == whole[tuple(place)]
+        wanted[index] = whole[tuple(place)]
+    assert (read(path, source, tile) == wanted).all()
+    dense = np.zeros(tile.sizes, np.uint16)
+    apart = np.zeros((*tile.sizes[:-1], 2 * tile.sizes[-1]), np.uint16)[..., : tile.sizes[-1]]
+    turned = np.zeros(tile.sizes[::-1], np.uint16).transpose()
+    for into in (dense, apart, turned):
+        with Files(path) as files:
+            found = read_quantised(source, tile, files, BFLOAT16, into)
+        if found is not into:
+            into[...] = found
+        assert (into == wanted).all()
