@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from shardway.core.tensors import Shape
 
 FP8, FP32, INT32 = (dtype_of_torch(name) for name in ("float8_e4m3fn", "float32", "int32"))
-# Half of Llama 3 8B's layers would take more disk than most machines have to spare; six show the same.
+# Some layers of Llama 3 8B: all of them would need 40 GB of disk and show the same.
 MODEL = dataclasses.replace(
     MODELS["llama"], num_layers=6, hidden=4096, heads=32, kv_heads=8, head_dim=128, ffn=14336, vocabulary=32000
 )
@@ -52,22 +52,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--schemes", nargs="+", choices=CONFIGS, default=list(CONFIGS))
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--layers", type=int, default=6, help="of the model; each is 0.44 GB of output (default: 6)")
     parser.add_argument("--dir", type=Path, default=Path("bench-work"), help="where to work; gets 8 GB at a time")
     parser.add_argument("--json", action="store_true", help="print every sample")
     arguments = parser.parse_args()
     arguments.dir.mkdir(parents=True, exist_ok=True)
     try:
         for scheme in arguments.schemes:
-            measure(scheme, arguments.dir / scheme, arguments.rounds, as_json=arguments.json)
+            measure(scheme, arguments.dir / scheme, arguments.rounds, arguments.layers, as_json=arguments.json)
     finally:
         shutil.rmtree(arguments.dir, ignore_errors=True)
 
 
-def measure(scheme: str, folder: Path, rounds: int, *, as_json: bool) -> None:
+def measure(scheme: str, folder: Path, rounds: int, layers: int, *, as_json: bool) -> None:
     """Make a model and measure one scheme on it."""
     hf, megatron, output = folder / "hf", folder / "megatron", folder / "output"
     subprocess.run(
-        [sys.executable, "-c", f"from benchmarks.quantised import make; make({scheme!r}, {str(hf)!r})"], check=True
+        [sys.executable, "-c", f"from benchmarks.quantised import make; make({scheme!r}, {str(hf)!r}, {layers})"],
+        check=True,
     )
     command = [program("shardway"), "import", str(hf), str(output), "--quiet", "--no-fsync"]
     run([*command[:3], str(megatron), *command[4:]])
@@ -94,13 +96,14 @@ def measure(scheme: str, folder: Path, rounds: int, *, as_json: bool) -> None:
     print(f"{'':<22}{median_ratio(ours, others):>7.2f} x, the median ratio of the pairs")
 
 
-def make(scheme: str, path: str) -> None:
+def make(scheme: str, path: str, layers: int) -> None:
     """Write a model with random codes, in one file."""
     import numpy as np
 
     folder = Path(path)
     folder.mkdir(parents=True)
-    tensors = [stored for name, shape in MODEL.shapes() for stored in parts_of(scheme, name, shape)]
+    model = dataclasses.replace(MODEL, num_layers=layers)
+    tensors = [stored for name, shape in model.shapes() for stored in parts_of(scheme, name, shape)]
     layout = lay_out(tensors, {"format": "pt"})
     generator = np.random.Generator(np.random.SFC64(1))
     with (folder / "model.safetensors").open("wb") as file:
@@ -111,7 +114,7 @@ def make(scheme: str, path: str) -> None:
                 take = min(left, BLOCK_BYTES)
                 file.write(values(dtype, take, generator))
                 left -= take
-    config = MODEL.config() | {"quantization_config": CONFIGS[scheme]}
+    config = model.config() | {"quantization_config": CONFIGS[scheme]}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 

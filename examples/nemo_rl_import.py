@@ -23,13 +23,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 TIMEOUT_S = 600
 
 
 def import_model_from_hf_name(
-    hf_model_name: str, output_path: str, megatron_config: Mapping[str, Any] | None = None, **config_overrides: Any
+    hf_model_name: str,
+    output_path: str,
+    megatron_config: Mapping[str, Any] | None = None,
+    model_post_wrap_hook: Callable[[Any], Any] | None = None,
+    **config_overrides: Any,
 ) -> None:
     """Import a Hugging Face model into a Megatron checkpoint, by way of a live model on the ranks that call this."""
     from shardway import AutoBridge
@@ -49,11 +53,11 @@ def import_model_from_hf_name(
     )
     original = {name: getattr(model_provider, name) for name in sizes}
     if megatron_config is not None:
-        for name in (*sizes, "sequence_parallel"):
+        for name in (*sizes, "sequence_parallel", "gradient_accumulation_fusion"):
             setattr(model_provider, name, megatron_config[name])
     model_provider.finalize()
     model_provider.initialize_model_parallel(seed=0)
-    megatron_model = model_provider.provide_distributed_model(wrap_with_ddp=False)
+    megatron_model = model_provider.provide_distributed_model(wrap_with_ddp=False, post_wrap_hook=model_post_wrap_hook)
 
     # The parallelism of the import is none of the checkpoint's business.
     config: Any = megatron_model[0].config
@@ -81,7 +85,8 @@ def export_model_from_megatron(
     bridge = AutoBridge.from_hf_pretrained(hf_model_name, trust_remote_code=True, **(hf_overrides or {}))
     with temporary_distributed_context():
         megatron_model = bridge.load_megatron_model(input_path, skip_temp_dist_context=True)
-        bridge.save_hf_pretrained(megatron_model, output_path, if_exists="replace" if overwrite else "error")
+        if_exists: Any = "replace" if overwrite else "error"
+        bridge.save_hf_pretrained(megatron_model, output_path, strict=True, if_exists=if_exists)
     reset_megatron_core()
 
 
@@ -173,9 +178,19 @@ def work(arguments: argparse.Namespace) -> None:
             "num_layers_in_last_pipeline_stage": None,
             "pipeline_dtype": None,
             "sequence_parallel": False,
+            "gradient_accumulation_fusion": False,
         },
+        model_post_wrap_hook=show_size,
     )
     dist.destroy_process_group()
+
+
+def show_size(chunks: Any) -> None:
+    """Say how much of the model this rank has built, as a hook of one's own may."""
+    import torch.distributed as dist
+
+    count = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
+    print(f"rank {dist.get_rank()} holds {count:,} parameters", flush=True)
 
 
 if __name__ == "__main__":

@@ -387,6 +387,8 @@ def _build(job: Mapping[str, Any]) -> Any:
     activation = _activation(fields.pop("activation_func"))
     attributes = {field: fields.pop(field) for field in list(fields) if field.startswith("yarn_")}
     fields |= {field: value for field, value in _WITHOUT_CUDA.items() if field in fields}
+    pattern = fields.pop("hybrid_layer_pattern", None)
+    fields.pop("mamba_chunk_size", None)  # of the kernel
     unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(kind)})
     if unknown:
         raise ValueError(f"neither GPTModel nor {kind.__name__} knows {unknown}")
@@ -401,6 +403,8 @@ def _build(job: Mapping[str, Any]) -> Any:
     )
     for name, value in attributes.items():  # GPTModel reads these from the config, which has no fields for them
         setattr(config, name, value)
+    if pattern is not None:
+        return _unset(_hybrids().mamba_model(config, pattern, arguments))
     if config.num_moe_experts or config.multi_latent_attention or config.experimental_attention_variant:
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization)
     else:
@@ -408,7 +412,7 @@ def _build(job: Mapping[str, Any]) -> Any:
     if job["wide_norms"]:
         _widen_norms(spec.layer_specs)
     if config.experimental_attention_variant == "gated_delta_net":
-        spec = _with_delta_nets(spec, config)
+        spec = _hybrids().with_delta_nets(spec, config)
     if config.multi_latent_attention:
         _attend(spec.layer_specs)
     predicting = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False) if config.mtp_num_layers else None
@@ -421,10 +425,27 @@ def _build(job: Mapping[str, Any]) -> Any:
         post_process=parallel_state.is_pipeline_last_stage(),
         **arguments,
     )
+    return _unset(model)
+
+
+def _unset(model: Any) -> Any:
+    import torch
+
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)  # what a load leaves out must not pass for a weight
     return model.eval()
+
+
+def _hybrids() -> Any:
+    """The module beside this file, which is no package's in a rank."""
+    spec = importlib.util.spec_from_file_location("megatron_hybrids", Path(__file__).with_name("megatron_hybrids.py"))
+    if spec is None or spec.loader is None:
+        raise ImportError("megatron_hybrids.py is not beside this file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
 
 
 def _widen_norms(layers: Sequence[Any]) -> None:
@@ -464,41 +485,6 @@ def _attend(layers: Sequence[Any]) -> None:
 
     for layer in layers:
         layer.submodules.self_attention.submodules.core_attention = Attention
-
-
-def _with_delta_nets(spec: Any, config: Any) -> Any:
-    """Put megatron-core's gated delta nets into layers of its own; there is a spec for Transformer Engine alone.
-
-    The module computes with torch alone in its deterministic mode, but for one norm, for which it asks fla.
-    """
-    import copy
-
-    import torch
-    from megatron.core.ssm import gated_delta_net
-    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-    from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-
-    def l2norm(heads: torch.Tensor) -> torch.Tensor:
-        return heads * torch.rsqrt(heads.square().sum(-1, keepdim=True) + 1e-6)
-
-    mock.patch.object(gated_delta_net, "HAVE_FLA", new=True).start()
-    mock.patch.object(gated_delta_net, "l2norm", l2norm, create=True).start()
-    config.deterministic_mode = True
-    submodules = gated_delta_net.GatedDeltaNetSubmodules(
-        in_proj=ColumnParallelLinear, out_norm=WrappedTorchNorm, out_proj=RowParallelLinear
-    )
-    layers = []
-    for layer, is_delta in zip(spec.layer_specs, config.linear_attention_freq, strict=True):
-        changed = copy.deepcopy(layer)
-        if is_delta:
-            changed.submodules.self_attention = ModuleSpec(module=gated_delta_net.GatedDeltaNet, submodules=submodules)
-            changed.submodules.sharded_state_dict_keys_map = {
-                **changed.submodules.sharded_state_dict_keys_map,
-                "input_layernorm.": "self_attention.in_proj.layer_norm_",
-            }
-        layers.append(changed)
-    return dataclasses.replace(spec, layer_specs=layers)
 
 
 def _activation(name: str) -> Any:

@@ -27,6 +27,7 @@ PAGES = [
     "docs/guide/training.md",
     "docs/guide/migrate.md",
     "docs/guide/hub.md",
+    "docs/guide/nemo-rl.md",
 ]
 
 

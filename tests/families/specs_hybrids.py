@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
     Weights = dict[str, torch.Tensor]
 
-_NO_MAMBA = (
-    "megatron-core's MambaMixer can't be built without mamba_ssm, which needs CUDA, nor its hybrid layers without "
-    "Transformer Engine; tests/conformance holds keys, shapes and extra state against those that Megatron Bridge wrote"
+_NO_PREDICTION = (
+    "the MambaModel of megatron-core 0.16.1 has no layers of multi-token prediction; tests/conformance holds their "
+    "keys, shapes and extra state against those that Megatron Bridge 0.7.0 wrote"
 )
 
 _NEMOTRON_H = {
@@ -144,7 +144,7 @@ def _hybrid(name: str, architecture: str, config: str, values: Mapping[str, obje
 
 def _nemotron(name: str, changed: Mapping[str, object] | None = None, **others: object) -> FamilySpec:
     values = {**_NEMOTRON_H, **(changed or {})}
-    return _hybrid(name, "NemotronHForCausalLM", "NemotronHConfig", values, megatron=_NO_MAMBA, **others)
+    return _hybrid(name, "NemotronHForCausalLM", "NemotronHConfig", values, **others)
 
 
 def _predicting(path: Path, *, packed: bool = False) -> None:
@@ -217,10 +217,10 @@ def _falcon(name: str, changed: Mapping[str, object], **others: object) -> Famil
 
 SPECS = (
     _nemotron("nemotron_h"),
-    _nemotron("nemotron_h_in_memory", packed=True),
+    _nemotron("nemotron_h_latent", {"moe_latent_size": 32}, packed=True),
     _nemotron("nemotron_h_dense", {"layers_block_type": ["mamba", "mlp", "attention", "mlp"]}),
-    _nemotron("nemotron_h_super", {"moe_latent_size": 32}, edit=_nemotron_super),
-    _nemotron("nemotron_h_singular", edit=_nemotron_singular),
+    _nemotron("nemotron_h_super", {"moe_latent_size": 32}, edit=_nemotron_super, megatron=_NO_PREDICTION),
+    _nemotron("nemotron_h_singular", edit=_nemotron_singular, twin=True),
     _delta("qwen3_next", "Qwen3Next", "Qwen3NextConfig", _EXPERTS),
     _delta("qwen3_next_released", "Qwen3Next", "Qwen3NextConfig", _EXPERTS, edit=_qwen3_next_released),
     _delta(

@@ -14,6 +14,7 @@ from tests.ranks.fleet import World
 from tests.tiny import read_safetensors, write_safetensors
 
 import shardway
+from shardway.formats.torch_dist import open_torch_dist
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.timeout(200)
 
 LLAMA = Path(__file__).resolve().parents[1] / "fixtures/hf/llama"
+FC2 = "decoder.layers.mlp.linear_fc2.weight"
 UP, DOWN = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"
 
 
@@ -63,6 +65,17 @@ def unchanged(tensors: dict[str, Any]) -> None:
     del tensors["lm_head.weight"]
 
 
+def flip(root: Path) -> None:
+    """Change one bit of a weight in a Megatron checkpoint."""
+    checkpoint = open_torch_dist(root)
+    chunk = checkpoint.catalog.tensors[FC2].chunks[-1]
+    with (checkpoint.root / chunk.file).open("r+b") as file:
+        file.seek(chunk.offset + 10)
+        (byte,) = file.read(1)
+        file.seek(chunk.offset + 10)
+        file.write(bytes([byte ^ 4]))
+
+
 @pytest.fixture(scope="module")
 def found(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What was said of each case, by its name."""
@@ -84,6 +97,9 @@ def found(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     cases["good"] = {"hf": str(LLAMA)}
     shardway.import_hf(LLAMA, root / "megatron", fsync=False)
     cases["good checkpoint"] = {"megatron": str(root / "megatron")}
+    shutil.copytree(root / "megatron", root / "flipped")
+    flip(root / "flipped")
+    cases["flipped"] = {"megatron": str(root / "flipped")}
     (root / "empty").mkdir()
     cases["no checkpoint"] = {"megatron": str(root / "empty")}
     other = {"add_qkv_bias": True, "num_layers": 3, "ffn_hidden_size": 96}
@@ -110,6 +126,7 @@ def found(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
         ),
         ("tied", ["tensor-missing"], ["lm_head.weight"]),
         ("no checkpoint", ["not-a-checkpoint"], [None]),
+        ("flipped", ["digest-mismatch"], [FC2]),
     ],
 )
 def test_everything_is_said_before_anything_is_changed(

@@ -42,10 +42,12 @@ from shardway.run.publish import Staging
 from shardway.run.source import Snapshot, unchanged
 from shardway.verification.compare import check_readable, compare_plan, compare_streams
 from shardway.verification.integrity import check_small_files
+from shardway.verification.masters import check_masters
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Mapping
 
+    from shardway.core.tensors import StoredTensor
     from shardway.families.mapping import ModelMapping
     from shardway.formats.record import ChunkDigests
     from shardway.formats.torch_dist import TorchDistCheckpoint
@@ -91,7 +93,8 @@ def export_hf(
             written; ``"replace"`` swaps the new one in when it is complete.
         workers: Threads; by default one per processor, at most 16.
         fsync: Force everything to the device before it is published.
-        verify: Read the result back and compare it with the source before it is published.
+        verify: Read the result back and compare it with the source before it is published; float32 copies also with
+            the model's own weights, to which they have to round.
         progress: Called from the worker threads, one call at a time.
 
     Returns:
@@ -275,6 +278,8 @@ def _convert(checked: _Checked, target: Path, running: _Running, losses: Losses)
                 if running.verify:
                     check_readable(plan, staging.path)
                     compare_plan(plan, staging.path, num_workers, progress, job.digests)
+                    if job.passed_over:
+                        check_masters(job.passed_over, plan.mcore, num_workers, progress)
             journal.publishing(staging.seal())
             with staging.published():
                 staging.validate()
@@ -290,6 +295,7 @@ class ExportJob(NamedTuple):
         companions: Directory of the config and the other small files.
         digests: Digests that the checkpoint records for its chunks.
         left_out: Everything in the checkpoint that is no weight.
+        passed_over: The model's own weights in whose place wider copies are taken.
     """
 
     plan: Plan
@@ -297,6 +303,7 @@ class ExportJob(NamedTuple):
     companions: Path
     digests: ChunkDigests
     left_out: tuple[str, ...]
+    passed_over: Mapping[str, StoredTensor]
 
 
 def prepare_export(checkpoint: TorchDistCheckpoint, hf: Path | None, target: Path, options: ExportOptions) -> ExportJob:
@@ -343,7 +350,7 @@ def prepare_export(checkpoint: TorchDistCheckpoint, hf: Path | None, target: Pat
         small = {CONFIG_FILE: config_json(config), **plan.small_files}
         plan = dataclasses.replace(plan, small_files=small, notes=(restored.note, *plan.notes))
     digests = state.digests(record.digests) if record else {}
-    return ExportJob(plan, mapping, companions, digests, state.left_out)
+    return ExportJob(plan, mapping, companions, digests, state.left_out, state.passed_over)
 
 
 def _holds_one(target: Path, exists: IfExists) -> bool:

@@ -106,6 +106,16 @@ def _derived(config: HFConfig) -> dict[str, object]:
     }
 
 
+def _restore(fields: Mapping[str, object]) -> dict[str, object]:
+    """The config.json that the Megatron config of such a model has in it; the shapes show whether it is the model's."""
+    encoded = fields.get("heterogeneous_layers_config_encoded_json")
+    try:
+        said = json.loads(encoded) if isinstance(encoded, str) else None
+    except (ValueError, RecursionError):
+        said = None
+    return {**said, "architectures": ["DeciLMForCausalLM"]} if isinstance(said, dict) else {}
+
+
 DECILM = Family(
     name="decilm",
     architectures=("DeciLMForCausalLM",),
@@ -119,6 +129,7 @@ DECILM = Family(
     provider=Provider(
         target="megatron.bridge.models.llama_nemotron.llama_nemotron_provider.LlamaNemotronHeterogeneousProvider"
     ),
+    restore=_restore,
     fields=gqa.FIELDS,
     constants=gqa.CONSTANTS | {"add_bias_linear": False},
     derived=_derived,

@@ -13,6 +13,8 @@ from shardway.families.family import Family, Field, Flags, Provider
 from shardway.families.rules import Rule, same
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from shardway.families.config import HFConfig
 
 # The norms around each block; Megatron names those after a block by its last linear layer.
@@ -81,6 +83,33 @@ def _gemma3_caveats(_: HFConfig) -> list[str]:
     return [_BRIDGE, "megatron-core alone has one rotary base for all layers; Megatron Bridge's provider has both"]
 
 
+_ACTIVATION = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+
+
+def _restore(fields: Mapping[str, object]) -> dict[str, object]:
+    return _ACTIVATION | gqa.restore_rope(fields)
+
+
+def _restore_gemma2(fields: Mapping[str, object]) -> dict[str, object]:
+    return _restore(fields) | gqa.restore_window(fields)
+
+
+def _restore_gemma3(fields: Mapping[str, object]) -> dict[str, object]:
+    bases, pattern = fields.get("rotary_base"), fields.get("interleaved_attn_pattern")
+    scale, factor = fields.get("softmax_scale"), fields.get("rope_scaling_factor", 1.0)
+    config: dict[str, object] = {**_ACTIVATION, "model_type": "gemma3_text", "rope_scaling": None}
+    config["sliding_window"] = fields.get("window_size")
+    if isinstance(bases, list | tuple) and len(bases) == 2:
+        config |= {"rope_local_base_freq": bases[0], "rope_theta": bases[1]}
+    if isinstance(pattern, list | tuple) and len(pattern) == 2 and isinstance(pattern[0], int):
+        config["sliding_window_pattern"] = pattern[0] + 1
+    if isinstance(scale, float) and 1e-6 < scale <= 1:
+        config["query_pre_attn_scalar"] = round(scale**-2)
+    if factor != 1.0:
+        config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+    return config
+
+
 GEMMA = Family(
     name="gemma",
     architectures=("GemmaForCausalLM",),
@@ -90,6 +119,7 @@ GEMMA = Family(
     aliases=(gqa.TIED_HEAD,),
     tied_by_default=True,
     provider=Provider(target="megatron.bridge.models.gemma.gemma_provider.GemmaModelProvider"),
+    restore=_restore,
     fields=gqa.FIELDS,
     constants=_CONSTANTS,
     derived=gqa.rope,
@@ -106,6 +136,7 @@ GEMMA2 = Family(
     aliases=(gqa.TIED_HEAD,),
     tied_by_default=True,
     provider=Provider(target="megatron.bridge.models.gemma.gemma2_provider.Gemma2ModelProvider"),
+    restore=_restore_gemma2,
     fields=(
         *gqa.FIELDS,
         Field("query_pre_attn_scalar", "query_pre_attn_scalar", 256),
@@ -127,6 +158,7 @@ GEMMA3 = Family(
     aliases=(gqa.TIED_HEAD,),
     tied_by_default=True,
     provider=Provider(target="megatron.bridge.models.gemma.gemma3_provider.Gemma3ModelProvider"),
+    restore=_restore_gemma3,
     fields=gqa.FIELDS,
     constants=_CONSTANTS | {"qk_layernorm": True},
     derived=_gemma3,

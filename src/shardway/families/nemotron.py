@@ -12,6 +12,8 @@ from shardway.families.family import Family, Field, Provider
 from shardway.families.rules import Rule, same
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from shardway.families.config import HFConfig
 
 _AT = "decoder.layers.{i}"
@@ -40,6 +42,11 @@ def _caveats(config: HFConfig) -> list[str]:
     return found
 
 
+def _restore(fields: Mapping[str, object]) -> dict[str, object]:
+    # transformers takes half of a head for rotated where nothing is said.
+    return {"hidden_act": "relu2", "partial_rotary_factor": 1.0} | gqa.restore_rope(fields) | gqa.restore_window(fields)
+
+
 NEMOTRON = Family(
     name="nemotron",
     architectures=("NemotronForCausalLM",),
@@ -48,6 +55,7 @@ NEMOTRON = Family(
     flags={"qkv_bias": "attention_bias", "proj_bias": "attention_bias", "mlp_bias": "mlp_bias", "qk_norm": False},
     aliases=(gqa.TIED_HEAD,),
     provider=Provider(fields={"apply_rope_fusion": True, "persist_layer_norm": True}),
+    restore=_restore,
     fields=(
         *(field for field in gqa.FIELDS if field.mcore != "layernorm_epsilon"),
         Field("norm_eps", "layernorm_epsilon", 1e-5),

@@ -13,6 +13,8 @@ from shardway.families.family import Family, Field, Provider
 from shardway.families.rules import Rule, same
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from shardway.families.config import HFConfig
 
 _AT = "decoder.layers.{i}"
@@ -51,6 +53,16 @@ def _exaone4_caveats(config: HFConfig) -> list[str]:
     ]
 
 
+def _restore_exaone4(fields: Mapping[str, object]) -> dict[str, object]:
+    config = gqa.restore(fields)
+    scaling = config.get("rope_scaling")
+    if isinstance(scaling, dict) and scaling["rope_type"] == "llama3":
+        names = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        said = {name: fields.get(f"rope_scaling_{name}") for name in names}
+        config["rope_scaling"] = scaling | {name: value for name, value in said.items() if value is not None}
+    return config
+
+
 OLMO2 = Family(
     name="olmo2",
     architectures=("Olmo2ForCausalLM",),
@@ -58,6 +70,7 @@ OLMO2 = Family(
     dims=gqa.dims,
     flags={"qkv_bias": "attention_bias", "proj_bias": "attention_bias", "mlp_bias": False, "qk_norm": False},
     aliases=(gqa.TIED_HEAD,),
+    restore=gqa.restore,
     fields=(*gqa.FIELDS, Field("attention_bias", "add_qkv_bias", default=False)),
     constants=gqa.CONSTANTS | {"add_bias_linear": False, "qk_layernorm": True},
     derived=gqa.derived,
@@ -75,6 +88,7 @@ EXAONE4 = Family(
     provider=Provider(
         layer_spec="megatron.bridge.models.exaone.exaone4.exaone4_provider.exaone4_layer_spec", layer_options={}
     ),
+    restore=_restore_exaone4,
     fields=gqa.FIELDS,
     constants=gqa.CONSTANTS | {"add_bias_linear": False, "add_qkv_bias": False, "qk_layernorm": True},
     derived=_exaone4_derived,

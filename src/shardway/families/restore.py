@@ -39,6 +39,7 @@ DIMENSIONS = {
 # of the tensors have said already (the pattern of a hybrid model may also say where pipeline stages begin).
 _NOT_COMPARED = frozenset(
     {
+        "heterogeneous_layers_config_encoded_json",
         "hybrid_layer_pattern",
         "vocab_size",
         "init_method_std",

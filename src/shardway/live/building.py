@@ -63,8 +63,8 @@ _PADDING: dict[str, object] = {"make_vocab_size_divisible_by": 128, "should_pad_
 _CONFIG_ATTRIBUTES = ("yarn_",)
 # What megatron-core's own layers have no kernels for.
 _WITHOUT_TRANSFORMER_ENGINE = {"moe_grouped_gemm": False, "moe_permute_fusion": False, "apply_rope_fusion": False}
-# The dispatcher that megatron-core has for a CPU; the other makes CUDA streams.
-_WITHOUT_GPU = {"moe_token_dispatcher_type": "allgather"}
+# The dispatcher that megatron-core has for a CPU; the other makes CUDA streams, and alone can overlap shared experts.
+_WITHOUT_GPU = {"moe_token_dispatcher_type": "allgather", "moe_shared_expert_overlap": False}
 _SIZES = {
     "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size,
     "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size,
@@ -257,6 +257,7 @@ class MegatronProvider:
         *,
         wrap_with_ddp: bool = True,
         wrap_with_float16: bool = True,
+        post_wrap_hook: Callable[[list[nn.Module]], list[nn.Module] | None] | None = None,
     ) -> list[nn.Module]:
         """This rank's chunks of the model, with their weights.
 
@@ -264,6 +265,7 @@ class MegatronProvider:
             ddp_config: For `wrap_with_ddp`; megatron-core's defaults without.
             wrap_with_ddp: Wrap each chunk in megatron-core's DistributedDataParallel.
             wrap_with_float16: Wrap each chunk in its Float16Module, where the dtype is 16 bits wide.
+            post_wrap_hook: Called with the chunks in the end; what it returns takes their place, unless that is None.
 
         Raises:
             ShardwayError: `option-invalid` when the process groups that are there have other sizes; what the load of
@@ -294,7 +296,8 @@ class MegatronProvider:
                 DistributedDataParallel(config, ddp, chunk, disable_bucketing=number > 0)
                 for number, chunk in enumerate(chunks)
             ]
-        return chunks
+        hooked = post_wrap_hook(chunks) if post_wrap_hook is not None else None
+        return chunks if hooked is None else hooked
 
     def _check_sizes(self) -> None:
         problems = Problems()

@@ -1,4 +1,7 @@
-"""Loading into a live model: each rank reads exactly the bytes of its own shards; nothing here communicates."""
+"""Loading into a live model: each rank reads exactly the bytes of its own shards; nothing here communicates.
+
+Before that, a few chunks of a checkpoint that records digests are read whole, and held against them.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,7 @@ from shardway.live.reader import CountedFiles, Filler, Lane, jobs_of, same_bytes
 from shardway.plans.matching import is_training_state, match_huggingface, tied_problem
 from shardway.plans.streams import chunk_problems
 from shardway.run.engine import parse_workers
+from shardway.verification.integrity import check_sample
 
 if TYPE_CHECKING:
     import os
@@ -42,6 +46,7 @@ if TYPE_CHECKING:
     from shardway.live.reader import Job
 
 _MOST_THREADS = 4  # a node has many ranks, each with its own
+_SAMPLED_BYTES = 16 * 2**20  # milliseconds; each rank draws others, so a job of many ranks looks at gigabytes
 _CHANGED = "the model's parameters may have been written in part: load again before they are used"
 
 
@@ -55,6 +60,7 @@ class LoadReport:
         read_bytes: Bytes of tensors that were read from files into the model.
         compared_bytes: Bytes that were read before that to prove that tensors which a checkpoint holds twice (a tied
             head, the embedding of multi-token prediction) are equal.
+        sampled_bytes: Bytes that were read before that to hold chunks, chosen at random, against recorded digests.
         seconds: Wall-clock time.
         notes: What a user should know about the result, one sentence each.
     """
@@ -63,6 +69,7 @@ class LoadReport:
     num_bytes: int
     read_bytes: int
     compared_bytes: int
+    sampled_bytes: int
     seconds: float
     notes: tuple[str, ...]
 
@@ -128,7 +135,8 @@ def load_torch_dist(
 ) -> LoadReport:
     """Fill a live Megatron model with the weights of a torch_dist checkpoint, saved at any parallelism.
 
-    As `load_huggingface`. Layers may be stacked on one side and per layer on the other.
+    As `load_huggingface`. Layers may be stacked on one side and per layer on the other. Where the checkpoint records
+    digests, up to 16 MiB of chunks of the tensors that this rank reads from, chosen at random, are checked first.
 
     Args:
         model: A megatron-core model, or the list of its pipeline chunks on this rank.
@@ -138,7 +146,7 @@ def load_torch_dist(
         workers: Threads; by default one per processor, at most 4.
 
     Raises:
-        ShardwayError: As `load_huggingface`.
+        ShardwayError: As `load_huggingface`; `digest-mismatch`, before anything of the model is changed.
 
     *Ranks*: local; any rank may call it or not.
     """
@@ -169,9 +177,11 @@ def load_torch_dist(
     _check_dtypes(memory, tiles, checkpoint.catalog, problems)
     problems.raise_if_any()
     notes = () if mapping is None or stored is None else _left_out(stored, mapping)
+    read_from = {tile.hf.tensor for tile in tiles}
+    sampled = check_sample(checkpoint, max_bytes=_SAMPLED_BYTES, tensors=read_from)
     with CountedFiles(checkpoint.root) as source:
         report = _fill(memory, tiles, {}, checkpoint.catalog, {}, source, threads, began, notes)
-    return replace(report, notes=report.notes + restore(_extra_states(model), checkpoint))
+    return replace(report, sampled_bytes=sampled, notes=report.notes + restore(_extra_states(model), checkpoint))
 
 
 def _threads(workers: int | None) -> int:
@@ -272,6 +282,7 @@ def _fill(
         num_bytes=memory.num_bytes,
         read_bytes=source.num_read_bytes - compared_bytes,
         compared_bytes=compared_bytes,
+        sampled_bytes=0,
         seconds=time.perf_counter() - began,
         notes=(
             *notes,

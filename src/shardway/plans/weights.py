@@ -60,11 +60,13 @@ class ModelState:
         catalog: The tensors, under the names of a mapping.
         left_out: Everything else in the checkpoint: keys of tensors and objects, and of the common state.
         notes: What a user should know about it, one sentence each.
+        passed_over: The model's own weights in whose place wider copies were taken, by name.
     """
 
     catalog: Catalog
     left_out: tuple[str, ...]
     notes: tuple[str, ...]
+    passed_over: Mapping[str, StoredTensor] = field(default_factory=dict)
     _moved: Mapping[tuple[str, Shape], tuple[str, Shape]] = field(default_factory=dict)
 
     def digests(self, recorded: ChunkDigests) -> ChunkDigests:
@@ -100,9 +102,12 @@ def model_state(checkpoint: TorchDistCheckpoint, weights: Weights = Weights.MODE
     tensors = joined(own, checkpoint, moved, copies)
     notes: list[str] = []
     used: set[str] = set()
+    passed_over: dict[str, StoredTensor] = {}
     if weights is Weights.FP32:
         trained = joined(masters, checkpoint, {}, [])
-        tensors, untrained = with_masters(tensors, trained, checkpoint)
+        found = tensors
+        tensors, untrained = with_masters(found, trained, checkpoint)
+        passed_over = {name: tensor for name, tensor in found.items() if tensors[name].dtype is not tensor.dtype}
         used = {tensor.name for tensor in masters.values()}
         notes += about_masters(trained, untrained)
     state = (*checkpoint.metadata.tensors, *checkpoint.metadata.objects)
@@ -115,6 +120,7 @@ def model_state(checkpoint: TorchDistCheckpoint, weights: Weights = Weights.MODE
         catalog=Catalog(root=checkpoint.catalog.root, tensors=tensors),
         left_out=tuple(left_out),
         notes=(*notes, *summary),
+        passed_over=passed_over,
         _moved=moved,
     )
 

@@ -166,6 +166,36 @@ def test_master_weights_of_another_kind_are_refused(shape: Shape, dtype: DType) 
     assert caught.value.codes == {"masters-missing"}
 
 
+@pytest.mark.parametrize("wrong", ["", "mlp.linear_fc2.weight", "layer_norm_weight"])
+def test_master_weights_have_to_round_to_the_model_s_own(wrong: str, tmp_path: Path) -> None:
+    """As megatron-core 0.16 does not always save them."""
+    torch = pytest.importorskip("torch")
+    from tests.oracle import write_torch_dist
+
+    MODEL.write(tmp_path / "hf")
+    weights = {name: torch.randn(array.shape).bfloat16() for name, array in MODEL.megatron(MODEL.weights()).items()}
+    masters = {
+        f"optimizer.state.param.{name}": (tensor.float().roll(1) if wrong and name.endswith(wrong) else tensor.float())
+        for name, tensor in weights.items()
+    }
+    folder = tmp_path / "m/iter_0000001"
+    write_torch_dist(folder, weights | masters, num_layers=2, per_layer=False)
+
+    def export(*, verify: bool) -> None:
+        out = tmp_path / f"out{verify}"
+        shardway.export_hf(folder, out, hf=tmp_path / "hf", weights="fp32", verify=verify, fsync=False)
+
+    export(verify=False)
+    if not wrong:
+        export(verify=True)
+        return
+    with pytest.raises(shardway.ShardwayError) as caught:
+        export(verify=True)
+    assert caught.value.codes == {"verify-failed"}
+    assert {problem.tensor for problem in caught.value.problems} == {name for name in weights if name.endswith(wrong)}
+    assert not (tmp_path / "outTrue").exists()
+
+
 def padded(root: Path, rows: int, cuts: Callable[[int], list[int]]) -> tuple[Path, dict[str, Array]]:
     """A checkpoint whose vocabulary is padded and cut into chunks of rows, and the model in it."""
     pytest.importorskip("torch")
