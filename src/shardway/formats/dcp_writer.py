@@ -37,59 +37,62 @@ class MetadataEmitter:
 
     def __init__(self) -> None:
         self._writer = PickleWriter(4)
+        self._out = io.BytesIO()
 
     def metadata(
         self, tensors: Mapping[str, DcpTensor], objects: Mapping[str, DcpLocation], save_id: str | None
     ) -> bytes:
         """The whole pickle; see `shardway.formats.dcp.write_metadata`."""
         writer = self._writer
-        parts = [writer.start, writer.reference(METADATA, "Metadata"), NEW_OBJECT, EMPTY_DICT, MARK]
-        parts += (writer.text("state_dict_metadata"), EMPTY_DICT, MARK)
-        out = io.BytesIO()
+        put = self._out.writelines
+        put((writer.start, writer.reference(METADATA, "Metadata"), NEW_OBJECT, EMPTY_DICT, MARK))
+        put((writer.text("state_dict_metadata"), EMPTY_DICT, MARK))
         for key, tensor in tensors.items():
-            self._tensor(parts, key, tensor)
-            _flush(parts, out)
+            self._tensor(key, tensor)
         for key in objects:
-            parts += (writer.text(key), writer.reference(METADATA, "BytesStorageMetadata"), NEW_OBJECT)
-        parts += (SETITEMS, writer.text("planner_data"), NONE)
-        parts += (writer.text("storage_data"), EMPTY_DICT, MARK)
+            put((writer.text(key), writer.reference(METADATA, "BytesStorageMetadata"), NEW_OBJECT))
+        put((SETITEMS, writer.text("planner_data"), NONE))
+        put((writer.text("storage_data"), EMPTY_DICT, MARK))
         for key, tensor in tensors.items():
             for start, _, location in tensor.chunks:
-                self._index(parts, key, start)
-                self._location(parts, location)
-            _flush(parts, out)
+                self._index(key, start)
+                self._location(location)
         for key, location in objects.items():
-            self._index(parts, key, None)
-            self._location(parts, location)
-        parts += (SETITEMS, writer.text("storage_meta"), writer.reference(METADATA, "StorageMeta"), NEW_OBJECT)
-        parts += (EMPTY_DICT, MARK, writer.text("checkpoint_id"), NONE)
-        parts += (writer.text("save_id"), NONE if save_id is None else writer.text(save_id))
-        parts += (writer.text("load_id"), NONE, writer.text("modules"), EMPTY_LIST, SETITEMS, BUILD)
-        parts += (writer.text("version"), writer.text("1.0.0"), SETITEMS, BUILD, STOP)
-        _flush(parts, out)
-        return out.getvalue()
+            self._index(key, None)
+            self._location(location)
+        put((SETITEMS, writer.text("storage_meta"), writer.reference(METADATA, "StorageMeta"), NEW_OBJECT))
+        put((EMPTY_DICT, MARK, writer.text("checkpoint_id"), NONE))
+        put((writer.text("save_id"), NONE if save_id is None else writer.text(save_id)))
+        put((writer.text("load_id"), NONE, writer.text("modules"), EMPTY_LIST, SETITEMS, BUILD))
+        put((writer.text("version"), writer.text("1.0.0"), SETITEMS, BUILD, STOP))
+        return self._out.getvalue()
 
-    def _tensor(self, parts: list[bytes], key: str, tensor: DcpTensor) -> None:
+    def _tensor(self, key: str, tensor: DcpTensor) -> None:
         writer = self._writer
-        parts += (writer.text(key), writer.reference(METADATA, "TensorStorageMetadata"), NEW_OBJECT, EMPTY_DICT, MARK)
-        parts += (
-            writer.text("properties"),
-            self._properties(tensor.dtype),
-            writer.text("size"),
-            self._size(tensor.shape),
-        )
-        parts += (writer.text("chunks"), EMPTY_LIST, MARK)
-        for start, size, _ in tensor.chunks:
-            parts += (writer.reference(METADATA, "ChunkStorageMetadata"), NEW_OBJECT, EMPTY_DICT, MARK)
-            parts += (
-                writer.text("offsets"),
-                self._size(start),
-                writer.text("sizes"),
-                self._size(size),
-                SETITEMS,
-                BUILD,
+        put = self._out.writelines
+        put((writer.text(key), writer.reference(METADATA, "TensorStorageMetadata"), NEW_OBJECT, EMPTY_DICT, MARK))
+        put(
+            (
+                writer.text("properties"),
+                self._properties(tensor.dtype),
+                writer.text("size"),
+                self._size(tensor.shape),
             )
-        parts += (APPENDS, SETITEMS, BUILD)
+        )
+        put((writer.text("chunks"), EMPTY_LIST, MARK))
+        for start, size, _ in tensor.chunks:
+            put((writer.reference(METADATA, "ChunkStorageMetadata"), NEW_OBJECT, EMPTY_DICT, MARK))
+            put(
+                (
+                    writer.text("offsets"),
+                    self._size(start),
+                    writer.text("sizes"),
+                    self._size(size),
+                    SETITEMS,
+                    BUILD,
+                )
+            )
+        put((APPENDS, SETITEMS, BUILD))
 
     def _properties(self, dtype: DType) -> bytes:
         writer = self._writer
@@ -131,23 +134,19 @@ class MetadataEmitter:
             return known
         return writer.memoise(values, writer.reference("torch", "Size") + writer.integers(values) + b"\x85" + REDUCE)
 
-    def _index(self, parts: list[bytes], key: str, start: Shape | None) -> None:
+    def _index(self, key: str, start: Shape | None) -> None:
         writer = self._writer
-        parts += (writer.reference(METADATA, "MetadataIndex"), NEW_OBJECT, EMPTY_DICT, MARK)
-        parts += (writer.text("fqn"), writer.text(key), writer.text("index"), NONE)
+        put = self._out.writelines
+        put((writer.reference(METADATA, "MetadataIndex"), NEW_OBJECT, EMPTY_DICT, MARK))
+        put((writer.text("fqn"), writer.text(key), writer.text("index"), NONE))
         if start is not None:
-            parts += (writer.text("offset"), self._size(start))
-        parts += (SETITEMS, BUILD)
+            put((writer.text("offset"), self._size(start)))
+        put((SETITEMS, BUILD))
 
-    def _location(self, parts: list[bytes], location: DcpLocation) -> None:
+    def _location(self, location: DcpLocation) -> None:
         writer = self._writer
-        parts += (writer.reference(FILESYSTEM, "_StorageInfo"), NEW_OBJECT, EMPTY_DICT, MARK)
-        parts += (writer.text("relative_path"), writer.text(location.file))
-        parts += (writer.text("offset"), integer(location.offset), writer.text("length"), integer(location.length))
-        parts += (SETITEMS, BUILD)
-
-
-def _flush(parts: list[bytes], out: io.BytesIO) -> None:
-    """Write what has been emitted so far: 50,000 chunks take two million parts, and joining those 80 bytes for each."""
-    out.writelines(parts)
-    parts.clear()
+        put = self._out.writelines
+        put((writer.reference(FILESYSTEM, "_StorageInfo"), NEW_OBJECT, EMPTY_DICT, MARK))
+        put((writer.text("relative_path"), writer.text(location.file)))
+        put((writer.text("offset"), integer(location.offset), writer.text("length"), integer(location.length)))
+        put((SETITEMS, BUILD))
