@@ -341,7 +341,7 @@ def _clean(chosen: argparse.Namespace) -> int:
 def _families(chosen: argparse.Namespace) -> int:
     from shardway.families.registry import FAMILIES
 
-    rows = [(architecture, family.name) for family in FAMILIES for architecture in family.architectures]
+    rows = sorted((architecture, family.name) for family in FAMILIES for architecture in family.architectures)
     if chosen.json:
         print(json.dumps([{"architecture": architecture, "family": family} for architecture, family in rows], indent=2))
     else:

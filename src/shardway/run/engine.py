@@ -26,10 +26,17 @@ class Worker(Protocol):
 
 
 class Batch(NamedTuple):
-    """Streams that one thread takes together: neighbours that are written to one file."""
+    """Streams that one thread takes together.
+
+    Attributes:
+        file: The file that they are written to; the first one of each.
+        streams: The streams.
+        files: All files that they are written to; none where nothing is written.
+    """
 
     file: str
     streams: Sequence[Stream]
+    files: frozenset[str] = frozenset()
 
 
 def parse_workers(value: int | None) -> int:
@@ -72,19 +79,42 @@ class Selection(Sequence["Stream"]):
         return self._streams[self._places[place]]
 
 
-def batches(streams: Sequence[Stream], written_to: Callable[[Stream], str]) -> list[Batch]:
-    """Group neighbouring streams that are written to the same file into batches of about 64 MiB."""
-    grouped: dict[str, list[array[int]]] = {}
+def first_chunk(stream: Stream) -> tuple[str, ...]:
+    """The file of a stream's first chunk."""
+    return (stream.chunks[0].file,)
+
+
+def batches(streams: Sequence[Stream], written_to: Callable[[Stream], tuple[str, ...]] = first_chunk) -> list[Batch]:
+    """Group neighbouring streams that are written to the same file into batches of about 64 MiB.
+
+    Streams that are written to several files make up a batch of their own, which precedes the others of their first
+    file: then neither that file nor those that follow it have to wait for each other until they are finished.
+
+    Args:
+        streams: Of a plan.
+        written_to: The files that a stream is written to, or read from, in order.
+    """
+    grouped: dict[str, list[array[int]]] = {}  # of each file those that are written to others too, then groups
+    others: dict[str, set[str]] = {}
     sizes: dict[str, int] = {}
     for place, stream in enumerate(streams):
-        file = written_to(stream)
-        groups = grouped.setdefault(file, [array("I")])
+        file, *more = written_to(stream)
+        groups = grouped.setdefault(file, [array("I"), array("I")])
+        if more:
+            groups[0].append(place)
+            others.setdefault(file, {file}).update(more)
+            continue
         if sizes.get(file, 0) >= _BATCH_BYTES:
             groups.append(array("I"))
             sizes[file] = 0
         groups[-1].append(place)
         sizes[file] = sizes.get(file, 0) + stream.num_bytes
-    return [Batch(file, Selection(streams, group)) for file, groups in grouped.items() for group in groups]
+    return [
+        Batch(file, Selection(streams, group), frozenset((file,) if number else others[file]))
+        for file, groups in grouped.items()
+        for number, group in enumerate(groups)
+        if group
+    ]
 
 
 class Engine:
@@ -94,7 +124,7 @@ class Engine:
         work: The batches; a thread prefers one whose file no other thread is working on.
         make_worker: Makes the worker of one thread.
         num_workers: Number of threads, at least 1.
-        written: Called with its file when a batch is done, on the thread that did it.
+        written: Called with each batch when it is done, on the thread that did it.
     """
 
     def __init__(
@@ -102,7 +132,7 @@ class Engine:
         work: Sequence[Batch],
         make_worker: Callable[[], Worker],
         num_workers: int,
-        written: Callable[[str], None] = lambda _: None,
+        written: Callable[[Batch], None] = lambda _: None,
     ) -> None:
         self._waiting = list(reversed(work))
         self._make_worker = make_worker
@@ -167,4 +197,4 @@ class Engine:
             self._active[batch.file] -= 1
             if not self._active[batch.file]:
                 del self._active[batch.file]
-        self._written(batch.file)
+        self._written(batch)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from shardway.core.errors import Code, Problems
@@ -10,7 +12,7 @@ from shardway.plans.model import Direction, Plan
 from shardway.run.clone import Cloner
 from shardway.run.engine import Engine, batches
 from shardway.run.files import Files
-from shardway.run.finished import FinishedFiles, unfinished
+from shardway.run.finished import FinishedFiles, files_of, unfinished
 from shardway.run.flusher import Flusher
 from shardway.run.losses import Losses
 from shardway.run.mover import Mover
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from shardway.formats.record import ChunkDigests
-    from shardway.plans.model import Stream
+    from shardway.run.engine import Batch
     from shardway.run.journal import Finished, Journal
     from shardway.run.publish import Staging
     from shardway.run.waves import Supply
@@ -85,18 +87,16 @@ def execute(
                 written.write_from(target.name, literal, offset)
         streams = unfinished(plan, finished.files)
         waves = [Wave((), streams, ())] if supply is None else in_waves(plan, streams, supply.others)
-        work = [batches(wave.streams, _import_file if importing else _export_file) for wave in waves]
-        noted = FinishedFiles(
-            plan, [batch for each in work for batch in each], journal, lambda: [mover.digests for mover in movers]
-        )
+        work = [batches(wave.streams, partial(files_of, plan)) for wave in waves]
+        noted = FinishedFiles(chain.from_iterable(work), journal, lambda: [mover.digests for mover in movers])
 
-        def tell(batch_file: str) -> None:
+        def tell(batch: Batch) -> None:
             staging.check()
             # A run that overflows fails, and must not be gone on from; what is quantised is in no batch.
             if plan.requantised is None and not any(mover.losses.overflowed for mover in movers):
-                noted.done(batch_file)
+                noted.done(batch)
             if staging.sync:
-                flusher.flush(batch_file)
+                flusher.flush(batch.file)
 
         def run() -> None:
             if supply is not None:
@@ -113,7 +113,7 @@ def execute(
                 from shardway.run.requantise import Requantiser
 
                 idle[:] = movers
-                checks = batches(plan.requantised.checked, _import_file)
+                checks = batches(plan.requantised.checked)
                 Engine(checks, make_mover, num_workers).run()
                 requantiser = Requantiser(plan, mcore, hf, advance)
                 requantiser.run(num_workers)
@@ -152,11 +152,3 @@ def _check_overflows(losses: Losses, plan: Plan) -> None:
             cure="choose a dtype with a wider range, such as bf16",
         )
     problems.raise_if_any()
-
-
-def _import_file(stream: Stream) -> str:
-    return stream.chunks[0].file
-
-
-def _export_file(stream: Stream) -> str:
-    return stream.pieces[0].hf.file

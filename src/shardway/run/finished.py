@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from shardway.run.journal import Journal
 
 
-def files_of(plan: Plan, stream: Stream) -> set[str]:
-    """The destination files that a stream writes to."""
+def files_of(plan: Plan, stream: Stream) -> tuple[str, ...]:
+    """The destination files that a stream is written to, in order."""
     if plan.direction is Direction.IMPORT:
-        return {chunk.file for chunk in stream.chunks}
-    return {piece.hf.file for piece in stream.pieces}
+        return tuple(dict.fromkeys(chunk.file for chunk in stream.chunks))
+    return tuple(dict.fromkeys(piece.hf.file for piece in stream.pieces))
 
 
 def unfinished(plan: Plan, finished: Collection[str]) -> Sequence[Stream]:
@@ -34,7 +34,7 @@ def unfinished(plan: Plan, finished: Collection[str]) -> Sequence[Stream]:
     if not finished:
         return plan.streams
     done = set(finished)
-    left = (place for place, stream in enumerate(plan.streams) if not files_of(plan, stream) <= done)
+    left = (place for place, stream in enumerate(plan.streams) if not done.issuperset(files_of(plan, stream)))
     return Selection(plan.streams, array("I", left))
 
 
@@ -42,40 +42,24 @@ class FinishedFiles:
     """Tells from the batches that are done which files are finished, and notes them in the journal.
 
     Args:
-        plan: The plan that is executed.
-        work: Its batches.
+        work: The batches of the plan that is executed.
         journal: Gets the files.
         digests: The digests of all chunks that have passed so far, by the chunk's file, one mapping for each thread.
     """
 
     def __init__(
-        self,
-        plan: Plan,
-        work: Sequence[Batch],
-        journal: Journal,
-        digests: Callable[[], Iterable[Mapping[str, ChunkDigests]]],
+        self, work: Iterable[Batch], journal: Journal, digests: Callable[[], Iterable[Mapping[str, ChunkDigests]]]
     ) -> None:
         self._journal = journal
         self._digests = digests
         self._lock = threading.Lock()
-        self._left = Counter(batch.file for batch in work)
-        self._needs: dict[str, set[str]] = {}  # which batches, by their file, write to a file
-        for batch in work:
-            for stream in batch.streams:
-                for name in files_of(plan, stream):
-                    self._needs.setdefault(name, set()).add(batch.file)
-        self._touches: dict[str, list[str]] = {}
-        for name, batches in self._needs.items():
-            for batch_file in batches:
-                self._touches.setdefault(batch_file, []).append(name)
+        self._left = Counter(name for batch in work for name in batch.files)
 
-    def done(self, batch_file: str) -> None:
+    def done(self, batch: Batch) -> None:
         """Count a batch that is done, and note the files that are finished by it."""
         with self._lock:
-            self._left[batch_file] -= 1
-            if self._left[batch_file]:
-                return
-            finished = [name for name in self._touches[batch_file] if not any(map(self._left.get, self._needs[name]))]
+            self._left.subtract(batch.files)
+            finished = [name for name in sorted(batch.files) if not self._left[name]]
         for name in finished:
             known: ChunkDigests = {}
             for digests in self._digests():

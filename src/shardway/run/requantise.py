@@ -76,7 +76,7 @@ class Requantiser:
         Raises:
             ShardwayError: `cast-overflow` for infinite values; `io-failed`, `no-space`, `source-changed`.
         """
-        Engine(batches(self._wanted.streams, lambda stream: stream.chunks[0].file), lambda: self, num_workers).run()
+        Engine(batches(self._wanted.streams), lambda: self, num_workers).run()
 
     def move(self, stream: Stream) -> None:
         """Quantise one tensor."""

@@ -72,7 +72,7 @@ def compare_streams(
     with Files(plan.hf.root) as hf, Files(plan.mcore.root) as mcore:
         shared = _Findings()
         engine = Engine(
-            batches(plan.streams, _file),
+            batches(plan.streams),
             lambda: _Comparer(plan, hf, mcore, meter.advance, expected or {}, shared),
             num_workers,
         )
@@ -266,10 +266,6 @@ def _max_abs(left: Array, right: Array, dtype: DType) -> float:
 
 def _larger(left: float, right: float) -> float:
     return left if left != left or left > right else right
-
-
-def _file(stream: Stream) -> str:
-    return stream.chunks[0].file
 
 
 def check_copies(plan: Plan, num_workers: int) -> None:

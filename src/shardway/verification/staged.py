@@ -95,12 +95,12 @@ def _damaged_imports(
     num_workers: int,
     progress: Callable[[Progress], None] | None,
 ) -> set[str]:
-    there = (place for place, stream in enumerate(plan.streams) if files_of(plan, stream) <= whole.keys())
+    there = (place for place, stream in enumerate(plan.streams) if whole.keys() >= {*files_of(plan, stream)})
     streams = Selection(plan.streams, array("I", there))
     meter = Meter("resume", sum(stream.num_bytes for stream in streams), progress)
     with Files(written) as files:
         checker = _Checker(files, whole, meter.advance)
-        Engine(batches(streams, lambda stream: stream.chunks[0].file), lambda: checker, num_workers).run()
+        Engine(batches(streams), lambda: checker, num_workers).run()
     return checker.damaged
 
 

@@ -24,10 +24,6 @@ def stream(file: str, number: int, num_bytes: int = 1) -> Stream:
     return Stream(f"{file}.{number}", UINT8, box, (Chunk((0,), (num_bytes,), file, number),), ())
 
 
-def file_of(found: Stream) -> str:
-    return found.chunks[0].file
-
-
 class Worker:
     def __init__(self, work: Callable[[Stream], None]) -> None:
         self.move = work
@@ -36,7 +32,7 @@ class Worker:
 def test_batches_keep_the_order_within_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "_BATCH_BYTES", 10)
     streams = [stream(file, number, 4) for number in range(7) for file in ("a", "b")]
-    found = batches(streams, file_of)
+    found = batches(streams)
     for file in ("a", "b"):
         mine = [batch for batch in found if batch.file == file]
         assert [[s.tensor for s in batch.streams] for batch in mine] == [
@@ -44,6 +40,19 @@ def test_batches_keep_the_order_within_a_file(monkeypatch: pytest.MonkeyPatch) -
             [f"{file}.3", f"{file}.4", f"{file}.5"],
             [f"{file}.6"],
         ]
+
+
+def test_what_is_written_to_several_files_precedes_the_others_of_the_first() -> None:
+    both = {"a.2": ("a", "b"), "b.1": ("b", "c", "d")}
+    streams = [stream(file, number) for file in "abc" for number in range(3)]
+    found = batches(streams, lambda one: both.get(one.tensor, (one.chunks[0].file,)))
+    assert [(batch.file, [s.tensor for s in batch.streams], sorted(batch.files)) for batch in found] == [
+        ("a", ["a.2"], ["a", "b"]),
+        ("a", ["a.0", "a.1"], ["a"]),
+        ("b", ["b.1"], ["b", "c", "d"]),
+        ("b", ["b.0", "b.2"], ["b"]),
+        ("c", ["c.0", "c.1", "c.2"], ["c"]),
+    ]
 
 
 @pytest.mark.parametrize("num_workers", [1, 3, 50])
@@ -57,9 +66,9 @@ def test_everything_is_done_once_and_every_batch_is_told_of_when_it_is_done(num_
         with lock:
             done.append(found.tensor)
 
-    def written(file: str) -> None:
+    def written(batch: Batch) -> None:
         with lock:
-            told.append((file, sum(name.startswith(file) for name in done)))
+            told.append((batch.file, sum(name.startswith(batch.file) for name in done)))
 
     Engine(work, lambda: Worker(move), num_workers, written).run()
     assert sorted(done) == sorted(s.tensor for batch in work for s in batch.streams)
