@@ -72,7 +72,7 @@ def test_whoever_comes_saves_the_model(fleet: Fleet, tmp_path: Path) -> None:
 def test_without_a_holder_nothing_is_published(fleet: Fleet, tmp_path: Path) -> None:
     """Half of each matrix is on rank 1 alone; a rank whose disk is full fails all."""
     absent, full = fleet.run(
-        world(2, tmp_path / "deep/absent", grid={"tp": 2}, absent=[1], distributed_timeout_minutes=0.02),
+        world(2, tmp_path / "deep/absent", grid={"tp": 2}, absent=[1], distributed_timeout_minutes=0.1),
         world(2, tmp_path / "full", grid={"tp": 2}, fault={"rank": 1, "at": "pwrite", "do": "ENOSPC", "after": 3}),
     )
     error = same_error(absent.of(0))
