@@ -82,8 +82,8 @@ def import_hf(
     """Convert a Hugging Face checkpoint to a Megatron ``torch_dist`` checkpoint that appears whole or not at all.
 
     Every element of every tensor is carried exactly once: the mapping is proven to cover both sides before a byte is
-    written. The source is only read. Needs no GPU, no process group and no torch, and little memory whatever the size of
-    the model: 25 MB, and 2 MB more for every thousand tensors. An existing checkpoint is never changed in place.
+    written. The source is only read. Needs no GPU, no process group and no torch, and little memory: 25 MB, and 2 MB
+    more for every thousand tensors, whatever their size. An existing checkpoint is never changed in place.
 
     Args:
         source: Directory with ``config.json`` and ``*.safetensors``; or ``"org/name"``, a repository on the Hub, where
