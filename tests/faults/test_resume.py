@@ -131,6 +131,8 @@ def test_less_than_one_file_for_each_worker_is_done_again(
     headers = 1 if conversion.direction == "export" else 0  # they are written to every file before anything else
     again = sum(sum(written.get(name, [])[headers:]) for name in names)
     sizes = [path.stat().st_size for path in conversion.out.rglob("*") if path.name in {*names, *written}]
+    if conversion.direction == "import":
+        assert len(written.keys() & set(names)) <= WORKERS
     # What belongs to the next file of a tensor's parts, where a file ends within these, is written with them.
     assert again < WORKERS * (max(sizes) + LARGEST_STREAM)
     checked = [at.done_bytes for at in seen if at.phase == "resume"]

@@ -198,7 +198,7 @@ def migrate(
                 digests = execute(plan, staging, folder, num_workers, meter.advance, {}, journal, finished)
                 _check_digests(job.migration.expected, digests, job.checkpoint)
                 files = digest_files(plan, staging.path)
-                staging.write(RECORD_FILE, wanted.record.with_digests(digests, files).to_json())
+                staging.write(RECORD_FILE, wanted.record.with_digests(digests, files).parts())
                 if verify:
                     check_readable(plan, staging.path)
                     compare_plan(plan, staging.path, num_workers, progress, digests)
