@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     Array = npt.NDArray[Any]
 
 BLOCK_BYTES = 8 * 2**20
-_COMPUTED_BYTES = 2 * 2**20
+_COMPUTED_BYTES = 8 * 2**20
 _SCRATCH = Scratch()
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-_STEP_VALUES = 2**17  # less costs more calls, more does not stay in the processor's cache
+_STEP_VALUES = 2**18  # less costs more calls, more does not stay in the processor's cache
 _CODES = 256
 _FEW = 1 / 8  # a table of all values is worth making where it is so much smaller than what is looked up
 _SCRATCH = Scratch()
