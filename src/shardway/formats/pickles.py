@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     Allowed = Mapping[tuple[str, str], object]
+    Fields = Mapping[str, tuple[str, ...]]
 
 _MAX_INTEGER_BYTES = 32  # no checkpoint counts past 2**255; longer integers only serve to burn time
 _MAX_NAME_BYTES = 1000
@@ -97,6 +98,7 @@ def load_pickle(
     file: str,
     persistent: Callable[[object], object] | None = None,
     inert_packages: tuple[str, ...] = (),
+    fields: Fields | None = None,
 ) -> object:
     """Read the pickle `data` without importing, calling or setting anything that it names.
 
@@ -111,6 +113,8 @@ def load_pickle(
         persistent: Answers persistent ids; None forbids them.
         inert_packages: Names inside these packages (``"megatron."``) are accepted too, as references that make
             `SavedObject`.
+        fields: By the dotted name of a class, the attributes of its objects that are of interest: where their state is
+            a dict, a tuple of these, None for those that it lacks, is kept in its place, at a third of the memory.
 
     Returns:
         The object that the pickle describes.
@@ -121,7 +125,7 @@ def load_pickle(
 
     Source: CPython Lib/pickletools.py (opcodes), Lib/pickle.py.
     """
-    machine = _Machine(data, allowed, file, persistent, inert_packages)
+    machine = _Machine(data, allowed, file, persistent, inert_packages, fields or {})
     machine.check_density()
     return machine.run()
 
@@ -132,6 +136,7 @@ class _Machine:
     __slots__ = (
         "allowed",
         "data",
+        "fields",
         "file",
         "inert",
         "inert_packages",
@@ -149,12 +154,14 @@ class _Machine:
         file: str,
         persistent: Callable[[object], object] | None,
         inert_packages: tuple[str, ...],
+        fields: Fields,
     ) -> None:
         self.data = data
         self.allowed = allowed
         self.file = file
         self.persistent = persistent
         self.inert_packages = inert_packages
+        self.fields = fields
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: list[object] = []
@@ -172,6 +179,7 @@ class _Machine:
         # The opcodes of a .metadata file by falling frequency are decoded in place: a file of 50,000 chunks has six
         # million of them.
         data, stack, marks, memo = self.data, self.stack, self.marks, self.memo
+        fields_of = self.fields.get
         push, pop, remember = stack.append, stack.pop, memo.append
         unsigned32 = struct.Struct("<I").unpack_from
         i = 0
@@ -202,7 +210,8 @@ class _Machine:
                     target = stack[-1]
                     if type(target) is not SavedObject or target.state is not None:
                         self.fail("a state is set on something that has none")
-                    target.state = state
+                    fields = fields_of(target.type_name)
+                    target.state = tuple(map(state.get, fields)) if fields and type(state) is dict else state
                 elif op == 0x7D:  # EMPTY_DICT
                     push({})
                 elif op == 0x75:  # SETITEMS
