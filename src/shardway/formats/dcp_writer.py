@@ -106,11 +106,7 @@ class MetadataEmitter:
     def _spelled(self, words: tuple[_Word, ...]) -> bytes:
         writer = self._writer
         found = (
-            word
-            if isinstance(word, bytes)
-            else writer.text(word)
-            if isinstance(word, str)
-            else writer.reference(*word)
+            word if isinstance(word, bytes) else writer.text(word) if isinstance(word, str) else writer.reference(*word)
             for word in words
         )
         return b"".join(found)
