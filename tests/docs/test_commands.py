@@ -79,7 +79,7 @@ def test_the_worked_example_of_a_family_works(tmp_path: Path, monkeypatch: pytes
     from shardway.families import registry
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(registry, "_BY_ARCHITECTURE", dict(registry._BY_ARCHITECTURE))
+    monkeypatch.setattr(registry, "_REGISTERED", {})
     Path("scratch").mkdir()
     config = transformers.Starcoder2Config(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4

@@ -13,7 +13,7 @@ from tests.tiny import read_safetensors as read_bits
 import shardway
 from shardway.families.config import HFConfig
 from shardway.families.mapping import map_model, variants_in
-from shardway.families.registry import FAMILIES, family_of
+from shardway.families.registry import families, family_of
 from shardway.families.restore import restore_config
 from shardway.formats.record import read_record
 from shardway.testing.families import check_family, check_words
@@ -87,7 +87,7 @@ def test_its_config_comes_back_from_megatrons(spec: FamilySpec, family_model: Ca
 def test_every_family_has_a_spec_and_every_word_of_its_rules_a_meaning() -> None:
     from tests.families.conftest import SPECS
 
-    for family in FAMILIES:
+    for family in families():
         check_words(family)
     listed = {spec.released or spec.architecture for spec in SPECS.values()} | {
         "LlamaForCausalLM",  # tests/models.py has tiny models of these
@@ -95,7 +95,7 @@ def test_every_family_has_a_spec_and_every_word_of_its_rules_a_meaning() -> None
         "Qwen2ForCausalLM",
         "Qwen3ForCausalLM",
     }
-    assert {architecture for family in FAMILIES for architecture in family.architectures} <= listed
+    assert {architecture for family in families() for architecture in family.architectures} <= listed
 
 
 def test_layers_that_the_config_promises_and_the_weights_lack_are_reported(

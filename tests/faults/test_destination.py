@@ -19,7 +19,7 @@ import pytest
 from tests.tiny import Tiny, bits, listing, read_distcp, read_safetensors, same
 
 import shardway
-from shardway.convert import exporting, importing
+from shardway.convert import exporting, making
 from shardway.plans.model import Direction
 from shardway.run import places
 from shardway.run.mover import Mover
@@ -565,7 +565,7 @@ class TestFailuresWhileRunning:
             file.write_bytes(data)
             real(plan, written)
 
-        for module in (importing, exporting):
+        for module in (making, exporting):
             monkeypatch.setattr(module, "check_readable", damaged)
         before = listing(tmp_path)
         with pytest.raises(shardway.ShardwayError) as caught:

@@ -17,7 +17,7 @@ from tests.ranks.fleet import Ran, World
 from tests.ranks.load_tasks import tokens_of
 
 import shardway
-from shardway.families.registry import FAMILIES
+from shardway.families.registry import families
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,7 +72,7 @@ GPT_OSS = ModelSpec(
         "max_position_embeddings": 2048,
     },
 )
-if any(GPT_OSS.model in family.architectures for family in FAMILIES):
+if any(GPT_OSS.model in family.architectures for family in families()):
     # megatron-core has biases of experts without expert tensor parallelism alone.
     GRIDS["gpt_oss"] = [
         {**grid, "etp": 1} if "tp" in grid else grid for grid in DENSE[:-1] + MOE if grid.get("etp") != 2

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from shardway.core.errors import Code, Problem, ShardwayError
-from shardway.families.registry import FAMILIES
+from shardway.families.registry import families
 from shardway.formats.huggingface import CONFIG_FILE, is_tokenizer_file, read_companions, read_small_files
 from shardway.hub.client import cached_snapshot
 
@@ -92,7 +92,7 @@ class AutoBridge:
         """
         values = dict(config.to_dict() if hasattr(config, "to_dict") else config)
         if not values.get("architectures"):
-            known = (family.architectures for family in FAMILIES if family.name == values.get("model_type"))
+            known = (family.architectures for family in families() if family.name == values.get("model_type"))
             values["architectures"] = list(next(known, ()))[:1] or None
         text = _config_text(values)
         return cls(json.loads(text), {CONFIG_FILE: text})

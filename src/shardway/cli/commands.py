@@ -339,9 +339,9 @@ def _clean(chosen: argparse.Namespace) -> int:
 
 
 def _families(chosen: argparse.Namespace) -> int:
-    from shardway.families.registry import FAMILIES
+    from shardway.families.registry import families
 
-    rows = sorted((architecture, family.name) for family in FAMILIES for architecture in family.architectures)
+    rows = sorted((architecture, family.name) for family in families() for architecture in family.architectures)
     if chosen.json:
         print(json.dumps([{"architecture": architecture, "family": family} for architecture, family in rows], indent=2))
     else:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.convert.configuring import config_json, restored_config
 from shardway.convert.existing import holds_one
+from shardway.convert.making import Running
 from shardway.convert.options import IfExists, choice, invalid_option, parse_dtype, parse_shard_size
 from shardway.convert.report import ConversionReport
 from shardway.convert.turns import inode, resume, resumed_bytes, take_turn, was_published, work_key
@@ -115,7 +116,7 @@ def export_hf(
     reuse, resumed = checked.reusable, 0
     losses = Losses()
     if not reuse:
-        running = _Running(exists=exists, num_workers=num_workers, fsync=fsync, verify=verify, progress=progress)
+        running = Running(exists=exists, num_workers=num_workers, fsync=fsync, verify=verify, progress=progress)
         reuse, resumed = _convert(checked, target, running, losses)
     return ConversionReport(
         source=str(source),
@@ -154,16 +155,6 @@ def export_options(dtype: str, weights: str, max_shard_size: str | int, quantize
         weights=which,
         quantize=quantize is not None,
     )
-
-
-class _Running(NamedTuple):
-    """How an export goes about it."""
-
-    exists: IfExists
-    num_workers: int
-    fsync: bool
-    verify: bool
-    progress: Callable[[Progress], None] | None
 
 
 class _Checked(NamedTuple):
@@ -243,7 +234,7 @@ def _prepare(
     return _Checked(job, checkpoint, key, reads, reusable)
 
 
-def _convert(checked: _Checked, target: Path, running: _Running, losses: Losses) -> tuple[bool, int]:
+def _convert(checked: _Checked, target: Path, running: Running, losses: Losses) -> tuple[bool, int]:
     """Write and publish, unless another process does the same; `losses` receives what conversions lost.
 
     Returns:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from shardway import __version__
 from shardway.convert.chunk_for import parse_chunk_for
-from shardway.convert.existing import Awaited, Settled, Wanted, holds_one
+from shardway.convert.existing import Settled, Wanted, holds_one
+from shardway.convert.making import Running, Work, make
 from shardway.convert.options import (
     For,
     IfExists,
@@ -21,7 +21,7 @@ from shardway.convert.options import (
     parse_size,
 )
 from shardway.convert.report import ConversionReport
-from shardway.convert.turns import inode, resume, resumed_bytes, take_turn, work_key
+from shardway.convert.turns import work_key
 from shardway.core.errors import Code, Problem, Problems, ShardwayError
 from shardway.families.bridge import BridgeVersion
 from shardway.families.config import HFConfig
@@ -31,23 +31,18 @@ from shardway.families.parallel import described
 from shardway.formats.huggingface import CONFIG_FILE, survey_huggingface
 from shardway.formats.iterations import TRAIN_STATE
 from shardway.formats.quantised import count_schemes, names_by_scheme, present
-from shardway.formats.record import RECORD_FILE, Record
+from shardway.formats.record import Record
 from shardway.formats.torch_dist import iteration_folder
 from shardway.hub.names import is_repository, refuse_revision
 from shardway.plans.imports import ImportOptions, plan_import, widened
-from shardway.run.destination import Tracker, holds_checkpoint, in_the_way, publish_tracker
+from shardway.run.destination import holds_checkpoint, in_the_way
 from shardway.run.engine import parse_workers
-from shardway.run.execute import execute
-from shardway.run.losses import Losses, rounding_notes
 from shardway.run.preflight import bytes_needed, check_apart, check_room
-from shardway.run.progress import Meter
-from shardway.run.publish import Staging
 from shardway.run.source import Snapshot, unchanged
-from shardway.verification.compare import check_copies, check_readable, compare_plan
-from shardway.verification.recording import digest_files
+from shardway.verification.compare import check_copies
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from shardway.families.mapping import ModelMapping
     from shardway.formats.huggingface import HuggingFaceCheckpoint
@@ -137,129 +132,68 @@ def import_hf(
         max_file_bytes=parse_size("max_file_size", max_file_size),
         parallel=parse_chunk_for(chunk_for),
     )
-    running = _Running(
-        source=str(source),
-        began=began,
-        exists=exists,
-        num_workers=num_workers,
-        fsync=fsync,
-        verify=verify,
-        progress=progress,
-    )
+    running = Running(exists=exists, num_workers=num_workers, fsync=fsync, verify=verify, progress=progress)
     if not is_repository(source):
         refuse_revision(source, revision)
         if not keep_source:
             what = f"{source} is not the name of a repository on the Hub; it stays where it is"
             raise ShardwayError(Problem(code=Code.OPTION_INVALID, what=what))
-        return _import(Path(source), None, root, options, _Names(chosen, names), running)
-    if verify and not keep_source:
+        report = _import(Path(source), None, root, options, _Names(chosen, names), running)
+    elif verify and not keep_source:
         what = "verify=True would have to read the source again, which keep_source=False does not keep"
         cure = "leave one of them out; `shardway verify DST` holds the result against its digests at any time"
         raise ShardwayError(Problem(code=Code.OPTION_INVALID, what=what, cure=cure))
-    from shardway.hub.source import open_hub
+    else:
+        from shardway.hub.source import open_hub
 
-    with open_hub(str(source), revision, keep=keep_source) as hub:
-        return _import(hub.root, hub, root, options, _Names(chosen, names), running)
-
-
-class _Running(NamedTuple):
-    """How an import goes about it."""
-
-    source: str
-    began: float
-    exists: IfExists
-    num_workers: int
-    fsync: bool
-    verify: bool
-    progress: Callable[[Progress], None] | None
+        with open_hub(str(source), revision, keep=keep_source) as hub:
+            report = _import(hub.root, hub, root, options, _Names(chosen, names), running)
+    return dataclasses.replace(report, source=str(source), seconds=time.perf_counter() - began)
 
 
 def _import(
-    origin: Path, hub: HubSource | None, root: Path, options: ImportOptions, names: _Names, running: _Running
+    origin: Path,
+    hub: HubSource | None,
+    root: Path,
+    options: ImportOptions,
+    names: _Names,
+    running: Running,
 ) -> ConversionReport:
     """Import from a directory, or from a repository of which the directory shows the headers."""
-    exists, num_workers, fsync, verify = running.exists, running.num_workers, running.fsync, running.verify
-    progress = running.progress
     snapshot = Snapshot(origin)
-    job = _prepare(origin, hub, root, options, names, exists, snapshot)
-    plan, wanted = job.plan, job.wanted
+    job = _prepare(origin, hub, root, options, names, running.exists, snapshot)
+    plan = job.plan
 
-    def report(*, reused: bool, resumed: int = 0, notes: tuple[str, ...] = ()) -> ConversionReport:
-        return dataclasses.replace(
-            job.planned,
-            source=running.source,
-            seconds=time.perf_counter() - running.began,
-            reused=reused,
-            resumed=resumed,
-            verified=verify and not reused,
-            notes=(hub.notes if hub is not None else ()) + plan.notes + notes,
-        )
+    def begin(lease: Lease) -> tuple[Plan, HubSupply | None]:
+        if hub is not None:
+            return hub.supply(plan, lease.source, running.progress)
+        check_copies(plan, running.num_workers)
+        return plan, None
 
-    if job.settled is Settled.WHOLE:
-        return report(reused=True)
-    lease = take_turn(
-        wanted.folder,
-        key=wanted.key,
-        doing="import",
-        wait=exists is not IfExists.ERROR,
-        done=Awaited(wanted, inode(wanted.folder) if exists is IfExists.REPLACE else None),
-        progress=progress,
+    made = make(
+        Work(
+            doing="import",
+            wanted=job.wanted,
+            settled=job.settled,
+            snapshot=snapshot,
+            reads=job.reads,
+            companions=origin,
+            train_state=plan.small_files[TRAIN_STATE],
+            begin=begin,
+            check=lambda _: None,
+        ),
+        running,
     )
-    if lease is None:
-        return report(reused=True)
-    with lease:
-        settled = wanted.settled()
-        if settled is Settled.WHOLE:
-            return report(reused=True)
-        if settled is Settled.UNNAMED:
-            return report(reused=True, notes=publish_tracker(root, wanted.folder, options.iteration, sync=fsync))
-        supply = None
-        if hub is None:
-            check_copies(plan, num_workers)
-        else:
-            plan, supply = hub.supply(plan, lease.source, progress)
-        staging = Staging(lease, replace=exists is IfExists.REPLACE, sync=fsync)
-        finished, journal = resume(plan, lease, staging, num_workers, progress)
-        with contextlib.closing(journal):
-            meter = Meter("copy", plan.mcore.num_bytes, progress)
-            meter.advance(resumed_bytes(plan, finished))
-            with unchanged((snapshot, job.reads)), _supplying(supply, lease):
-                losses = Losses()
-                digests = execute(
-                    plan, staging, origin, num_workers, meter.advance, {}, journal, finished, losses, supply
-                )
-                files = digest_files(plan, staging.path)
-                staging.write(RECORD_FILE, wanted.record.with_digests(digests, files).parts())
-                if verify:
-                    check_readable(plan, staging.path)
-                    compare_plan(plan, staging.path, num_workers, progress, digests)
-            train_state = plan.small_files[TRAIN_STATE]
-            with Tracker(root, options.iteration, train_state, sync=fsync, staged_in=lease.directory) as tracker:
-                journal.publishing(staging.seal())
-                with staging.published():
-                    notes = (*rounding_notes(losses), *tracker.publish())
-                    staging.validate()
-    if finished.files and plan.shifts:
+    notes = (*(hub.notes if hub is not None else ()), *plan.notes, *made.notes)
+    if made.resumed and plan.shifts:
         notes = (*notes, "values that were rounded in files of the earlier run are not counted here")
-    return report(reused=False, resumed=len(finished.files), notes=notes)
-
-
-@contextlib.contextmanager
-def _supplying(supply: HubSupply | None, lease: Lease) -> Iterator[None]:
-    """Let files come while the context lasts; where they stop coming, leave what is staged for another run."""
-    if supply is None:
-        yield
-        return
-    from shardway.hub.source import is_passing
-
-    try:
-        with supply:
-            yield
-    except BaseException as error:
-        if is_passing(error) and not supply.keep:
-            lease.leave()
-        raise
-    supply.check_copies()
+    return dataclasses.replace(
+        job.planned,
+        reused=made.reused,
+        resumed=made.resumed,
+        verified=running.verify and not made.reused,
+        notes=notes,
+    )
 
 
 class _Names(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import enum
 import time
@@ -12,9 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from shardway import __version__
 from shardway.convert.chunk_for import parse_chunk_for
-from shardway.convert.existing import Awaited, Settled, Wanted
+from shardway.convert.existing import Settled, Wanted
+from shardway.convert.making import Running, Work, make
 from shardway.convert.options import IfExists, choice, parse_size
-from shardway.convert.turns import inode, resume, resumed_bytes, take_turn, work_key
+from shardway.convert.turns import work_key
 from shardway.core.errors import Code, Problem, Problems, ShardwayError
 from shardway.families.layout import Layout
 from shardway.families.parallel import described
@@ -23,17 +23,12 @@ from shardway.formats.record import RECORD_FILE, Record, read_record
 from shardway.formats.small_files import links_out
 from shardway.formats.torch_dist import TorchDistCheckpoint, iteration_folder, open_torch_dist
 from shardway.plans.migrations import Migration, MigrationOptions, plan_migration
-from shardway.run.destination import Tracker, in_the_way, publish_tracker
+from shardway.run.destination import in_the_way
 from shardway.run.engine import parse_workers
-from shardway.run.execute import execute
 from shardway.run.files import failing
 from shardway.run.preflight import bytes_needed, check_apart, check_room
-from shardway.run.progress import Meter
-from shardway.run.publish import Staging
 from shardway.run.source import Snapshot, unchanged
-from shardway.verification.compare import check_readable, compare_plan
 from shardway.verification.integrity import check_small_files
-from shardway.verification.recording import digest_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -148,67 +143,39 @@ def migrate(
         max_file_bytes=parse_size("max_file_size", max_file_size),
     )
     job = _prepare(origin, root, options, form, exists)
-    plan, wanted = job.migration.plan, job.wanted
-
-    def report(*, reused: bool, resumed: int = 0, notes: tuple[str, ...] = ()) -> MigrationReport:
-        return MigrationReport(
-            source=str(source),
-            destination=str(destination),
-            form=form.value,
-            layout=job.migration.layout.value,
-            chunk_for=described(options.parallel) if options.parallel else "",
-            iteration=wanted.folder.name,
-            num_tensors=len(plan.mcore.tensors),
-            num_objects=len(job.checkpoint.objects),
-            num_bytes=plan.mcore.num_bytes,
-            num_files=len(plan.targets),
-            num_digests=0 if reused else len(job.migration.expected),
-            seconds=time.perf_counter() - began,
-            reused=reused,
-            resumed=resumed,
-            verified=verify and not reused,
-            notes=plan.notes + notes,
-        )
-
-    if job.settled is Settled.WHOLE:
-        return report(reused=True)
-    lease = take_turn(
-        wanted.folder,
-        key=wanted.key,
-        doing="migration",
-        wait=exists is not IfExists.ERROR,
-        done=Awaited(wanted, inode(wanted.folder) if exists is IfExists.REPLACE else None),
-        progress=progress,
+    plan = job.migration.plan
+    made = make(
+        Work(
+            doing="migration",
+            wanted=job.wanted,
+            settled=job.settled,
+            snapshot=job.snapshot,
+            reads=job.reads,
+            companions=job.checkpoint.root,
+            train_state=job.train_state,
+            begin=lambda _: (plan, None),
+            check=lambda digests: _check_digests(job.migration.expected, digests, job.checkpoint),
+        ),
+        Running(exists=exists, num_workers=num_workers, fsync=fsync, verify=verify, progress=progress),
     )
-    if lease is None:
-        return report(reused=True)
-    with lease:
-        settled = wanted.settled()
-        if settled is Settled.WHOLE:
-            return report(reused=True)
-        if settled is Settled.UNNAMED:
-            return report(reused=True, notes=publish_tracker(root, wanted.folder, wanted.iteration, sync=fsync))
-        staging = Staging(lease, replace=exists is IfExists.REPLACE, sync=fsync)
-        finished, journal = resume(plan, lease, staging, num_workers, progress)
-        with contextlib.closing(journal):
-            meter = Meter("copy", plan.num_bytes, progress)
-            meter.advance(resumed_bytes(plan, finished))
-            with unchanged((job.snapshot, job.reads)):
-                folder = job.checkpoint.root
-                digests = execute(plan, staging, folder, num_workers, meter.advance, {}, journal, finished)
-                _check_digests(job.migration.expected, digests, job.checkpoint)
-                files = digest_files(plan, staging.path)
-                staging.write(RECORD_FILE, wanted.record.with_digests(digests, files).parts())
-                if verify:
-                    check_readable(plan, staging.path)
-                    compare_plan(plan, staging.path, num_workers, progress, digests)
-                train_state = _train_state(job.checkpoint)
-            with Tracker(root, wanted.iteration, train_state, sync=fsync, staged_in=lease.directory) as tracker:
-                journal.publishing(staging.seal())
-                with staging.published():
-                    notes = tracker.publish()
-                    staging.validate()
-    return report(reused=False, resumed=len(finished.files), notes=notes)
+    return MigrationReport(
+        source=str(source),
+        destination=str(destination),
+        form=form.value,
+        layout=job.migration.layout.value,
+        chunk_for=described(options.parallel) if options.parallel else "",
+        iteration=job.wanted.folder.name,
+        num_tensors=len(plan.mcore.tensors),
+        num_objects=len(job.checkpoint.objects),
+        num_bytes=plan.mcore.num_bytes,
+        num_files=len(plan.targets),
+        num_digests=0 if made.reused else len(job.migration.expected),
+        seconds=time.perf_counter() - began,
+        reused=made.reused,
+        resumed=made.resumed,
+        verified=verify and not made.reused,
+        notes=plan.notes + made.notes,
+    )
 
 
 class _Job(NamedTuple):
@@ -219,6 +186,7 @@ class _Job(NamedTuple):
         migration: What will be read and written.
         snapshot: The source's files as they are.
         reads: Those that are read.
+        train_state: Contents of its train_state.pt; None for none.
         wanted: What is to be made.
         settled: What is in place already.
     """
@@ -227,6 +195,7 @@ class _Job(NamedTuple):
     migration: Migration
     snapshot: Snapshot
     reads: tuple[str, ...]
+    train_state: bytes | None
     wanted: Wanted
     settled: Settled
 
@@ -254,6 +223,7 @@ def _prepare(origin: Path, root: Path, options: MigrationOptions, form: Form, ex
         problems.raise_if_any()
         if record is not None:
             check_small_files(checkpoint, record, copied)
+        train_state = _train_state(checkpoint)
     distcp = {chunk.file for tensor in checkpoint.catalog.tensors.values() for chunk in tensor.chunks}
     distcp |= {location.file for location in checkpoint.metadata.objects.values()}
     others = {".metadata", "metadata.json", "common.pt", RECORD_FILE} & checkpoint.files.keys()
@@ -274,7 +244,7 @@ def _prepare(origin: Path, root: Path, options: MigrationOptions, form: Form, ex
     if settled is Settled.NOTHING:
         check_room(folder, bytes_needed(migration.plan, found, problems))
         problems.raise_if_any()
-    return _Job(checkpoint, migration, snapshot, reads, wanted, settled)
+    return _Job(checkpoint, migration, snapshot, reads, train_state, wanted, settled)
 
 
 def _record(source: str, record: Record | None, migration: Migration, options: MigrationOptions, form: Form) -> Record:

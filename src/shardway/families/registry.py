@@ -2,70 +2,64 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from shardway.core.errors import Code, Problem, ShardwayError
-from shardway.families.bailing import BAILING_MOE_V2
-from shardway.families.decilm import DECILM
-from shardway.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, KIMI_K2
-from shardway.families.ernie import ERNIE4_5_MOE
-from shardway.families.falcon_h1 import FALCON_H1
-from shardway.families.gemma import GEMMA, GEMMA2, GEMMA3
-from shardway.families.glm import GLM4_MOE
-from shardway.families.glm_mla import GLM4_MOE_LITE, GLM_MOE_DSA
-from shardway.families.gpt_oss import GPT_OSS
-from shardway.families.llama import LLAMA
-from shardway.families.mimo import MIMO
-from shardway.families.minimax import MINIMAX_M2
-from shardway.families.mistral import MISTRAL
-from shardway.families.mixtral import MIXTRAL
-from shardway.families.nemotron import NEMOTRON
-from shardway.families.nemotron_h import NEMOTRON_H
-from shardway.families.olmo import EXAONE4, OLMO2
-from shardway.families.olmoe import OLMOE
-from shardway.families.phi import PHI3
-from shardway.families.qwen import QWEN2, QWEN3, QWEN3_MOE
-from shardway.families.qwen_hybrid import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 
 if TYPE_CHECKING:
     from shardway.families.config import HFConfig
     from shardway.families.family import Family
 
-FAMILIES: tuple[Family, ...] = (
-    LLAMA,
-    MISTRAL,
-    QWEN2,
-    QWEN3,
-    QWEN3_MOE,
-    DEEPSEEK_V3,
-    MIXTRAL,
-    OLMOE,
-    MINIMAX_M2,
-    GLM4_MOE,
-    GPT_OSS,
-    BAILING_MOE_V2,
-    ERNIE4_5_MOE,
-    GEMMA,
-    GEMMA2,
-    GEMMA3,
-    NEMOTRON,
-    PHI3,
-    OLMO2,
-    EXAONE4,
-    MIMO,
-    DECILM,
-    NEMOTRON_H,
-    DEEPSEEK_V2,
-    KIMI_K2,
-    GLM4_MOE_LITE,
-    GLM_MOE_DSA,
+# The module and the name of each family, which is imported when it is asked for: start-up is faster so.
+_FAMILIES = {
+    "LlamaForCausalLM": "llama.LLAMA",
+    "MistralForCausalLM": "mistral.MISTRAL",
+    "Qwen2ForCausalLM": "qwen.QWEN2",
+    "Qwen3ForCausalLM": "qwen.QWEN3",
+    "Qwen3MoeForCausalLM": "qwen.QWEN3_MOE",
+    "DeepseekV3ForCausalLM": "deepseek.DEEPSEEK_V3",
+    "MixtralForCausalLM": "mixtral.MIXTRAL",
+    "OlmoeForCausalLM": "olmoe.OLMOE",
+    "MiniMaxM2ForCausalLM": "minimax.MINIMAX_M2",
+    "Glm4MoeForCausalLM": "glm.GLM4_MOE",
+    "GptOssForCausalLM": "gpt_oss.GPT_OSS",
+    "BailingMoeV2ForCausalLM": "bailing.BAILING_MOE_V2",
+    "Ernie4_5_MoeForCausalLM": "ernie.ERNIE4_5_MOE",
+    "GemmaForCausalLM": "gemma.GEMMA",
+    "Gemma2ForCausalLM": "gemma.GEMMA2",
+    "Gemma3ForCausalLM": "gemma.GEMMA3",
+    "NemotronForCausalLM": "nemotron.NEMOTRON",
+    "Phi3ForCausalLM": "phi.PHI3",
+    "Olmo2ForCausalLM": "olmo.OLMO2",
+    "Exaone4ForCausalLM": "olmo.EXAONE4",
+    "MiMoForCausalLM": "mimo.MIMO",
+    "DeciLMForCausalLM": "decilm.DECILM",
+    "NemotronHForCausalLM": "nemotron_h.NEMOTRON_H",
+    "DeepseekV2ForCausalLM": "deepseek.DEEPSEEK_V2",
+    "KimiK2ForCausalLM": "deepseek.KIMI_K2",
+    "Glm4MoeLiteForCausalLM": "glm_mla.GLM4_MOE_LITE",
+    "GlmMoeDsaForCausalLM": "glm_mla.GLM_MOE_DSA",
     # A Megatron config that says nothing of the router's type is that of Qwen3.5.
-    QWEN3_5,
-    QWEN3_5_MOE,
-    QWEN3_NEXT,
-    FALCON_H1,
-)
-_BY_ARCHITECTURE = {architecture: family for family in FAMILIES for architecture in family.architectures}
+    "Qwen3_5ForCausalLM": "qwen_hybrid.QWEN3_5",
+    "Qwen3_5MoeForCausalLM": "qwen_hybrid.QWEN3_5_MOE",
+    "Qwen3NextForCausalLM": "qwen_hybrid.QWEN3_NEXT",
+    "FalconH1ForCausalLM": "falcon_h1.FALCON_H1",
+}
+_REGISTERED: dict[str, Family] = {}
+
+
+def families() -> tuple[Family, ...]:
+    """The families that shardway has, in the order in which a checkpoint without an HF config is held against them."""
+    return tuple(map(_family, dict.fromkeys(_FAMILIES.values())))
+
+
+@cache
+def _family(place: str) -> Family:
+    module, name = place.split(".")
+    family: Family = getattr(import_module(f"shardway.families.{module}"), name)
+    return family
 
 
 def register(family: Family) -> None:
@@ -74,7 +68,7 @@ def register(family: Family) -> None:
     Args:
         family: The family; `shardway.testing.families.check_family` says whether it keeps what shardway promises.
     """
-    _BY_ARCHITECTURE.update(dict.fromkeys(family.architectures, family))
+    _REGISTERED.update(dict.fromkeys(family.architectures, family))
 
 
 def family_of(config: HFConfig) -> Family:
@@ -84,21 +78,23 @@ def family_of(config: HFConfig) -> Family:
         ShardwayError: `architecture-unsupported`, with the nearest name and all that are supported.
     """
     architecture = config.architecture
-    try:
-        return _BY_ARCHITECTURE[architecture]
-    except KeyError:
-        from difflib import get_close_matches
+    if architecture in _REGISTERED:
+        return _REGISTERED[architecture]
+    if architecture in _FAMILIES:
+        return _family(_FAMILIES[architecture])
+    from difflib import get_close_matches
 
-        near = get_close_matches(architecture, _BY_ARCHITECTURE, n=1, cutoff=0.5)
-        raise ShardwayError(
-            Problem(
-                code=Code.ARCHITECTURE_UNSUPPORTED,
-                what=f"no family of models is known for the architecture {architecture}",
-                facts=(
-                    *(f"nearest supported: {name}" for name in near),
-                    f"supported: {', '.join(sorted(_BY_ARCHITECTURE))}",
-                ),
-                file=config.file,
-                cure="`shardway families` lists what is supported",
-            )
-        ) from None
+    known = sorted({*_FAMILIES, *_REGISTERED})
+    near = get_close_matches(architecture, known, n=1, cutoff=0.5)
+    raise ShardwayError(
+        Problem(
+            code=Code.ARCHITECTURE_UNSUPPORTED,
+            what=f"no family of models is known for the architecture {architecture}",
+            facts=(
+                *(f"nearest supported: {name}" for name in near),
+                f"supported: {', '.join(known)}",
+            ),
+            file=config.file,
+            cure="`shardway families` lists what is supported",
+        )
+    )

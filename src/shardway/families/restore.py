@@ -14,7 +14,7 @@ from shardway.core.errors import ShardwayError
 from shardway.families.config import HFConfig
 from shardway.families.layout import VOCABULARY, layout_of
 from shardway.families.mapping import map_model
-from shardway.families.registry import FAMILIES
+from shardway.families.registry import families
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -97,7 +97,7 @@ def restore_config(
     if fields.get("experimental_attention_variant") == "gdn":  # since megatron-core 0.19
         fields = {**fields, "experimental_attention_variant": "gated_delta_net"}
     found: list[tuple[int, dict[str, object]]] = []
-    for family in FAMILIES:
+    for family in families():
         if family.restore is None or (provider is not None and provider != family.provider.target):
             continue
         config = _proposal(family, family.restore, fields, dtype)

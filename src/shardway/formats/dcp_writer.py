@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from shardway.core.tensors import Shape
     from shardway.formats.dcp import DcpLocation, DcpTensor
 
+_Word = bytes | str | tuple[str, str]
+
 METADATA = "torch.distributed.checkpoint.metadata"
 FILESYSTEM = "torch.distributed.checkpoint.filesystem"
 
@@ -38,6 +40,7 @@ class MetadataEmitter:
     def __init__(self) -> None:
         self._writer = PickleWriter(4)
         self._out = io.BytesIO()
+        self._phrases: dict[tuple[_Word, ...], bytes] = {}
 
     def metadata(
         self, tensors: Mapping[str, DcpTensor], objects: Mapping[str, DcpLocation], save_id: str | None
@@ -55,11 +58,9 @@ class MetadataEmitter:
         put((writer.text("storage_data"), EMPTY_DICT, MARK))
         for key, tensor in tensors.items():
             for start, _, location in tensor.chunks:
-                self._index(key, start)
-                self._location(location)
+                self._placed(key, start, location)
         for key, location in objects.items():
-            self._index(key, None)
-            self._location(location)
+            self._placed(key, None, location)
         put((SETITEMS, writer.text("storage_meta"), writer.reference(METADATA, "StorageMeta"), NEW_OBJECT))
         put((EMPTY_DICT, MARK, writer.text("checkpoint_id"), NONE))
         put((writer.text("save_id"), NONE if save_id is None else writer.text(save_id)))
@@ -81,18 +82,34 @@ class MetadataEmitter:
         )
         put((writer.text("chunks"), EMPTY_LIST, MARK))
         for start, size, _ in tensor.chunks:
-            put((writer.reference(METADATA, "ChunkStorageMetadata"), NEW_OBJECT, EMPTY_DICT, MARK))
             put(
                 (
-                    writer.text("offsets"),
+                    self._phrase((METADATA, "ChunkStorageMetadata"), NEW_OBJECT, EMPTY_DICT, MARK, "offsets"),
                     self._size(start),
-                    writer.text("sizes"),
+                    self._phrase("sizes"),
                     self._size(size),
                     SETITEMS,
                     BUILD,
                 )
             )
         put((APPENDS, SETITEMS, BUILD))
+
+    def _phrase(self, *words: _Word) -> bytes:
+        """Opcodes, strings and classes that occur together again and again."""
+        known = self._phrases.get(words)
+        if known is None:
+            first = self._spelled(words)  # defines what the memo lacks
+            self._phrases[words] = self._spelled(words)  # refers to it
+            return first
+        return known
+
+    def _spelled(self, words: tuple[_Word, ...]) -> bytes:
+        writer = self._writer
+        found = (
+            word if isinstance(word, bytes) else writer.text(word) if isinstance(word, str) else writer.reference(*word)
+            for word in words
+        )
+        return b"".join(found)
 
     def _properties(self, dtype: DType) -> bytes:
         writer = self._writer
@@ -134,19 +151,23 @@ class MetadataEmitter:
             return known
         return writer.memoise(values, writer.reference("torch", "Size") + writer.integers(values) + b"\x85" + REDUCE)
 
-    def _index(self, key: str, start: Shape | None) -> None:
-        writer = self._writer
-        put = self._out.writelines
-        put((writer.reference(METADATA, "MetadataIndex"), NEW_OBJECT, EMPTY_DICT, MARK))
-        put((writer.text("fqn"), writer.text(key), writer.text("index"), NONE))
-        if start is not None:
-            put((writer.text("offset"), self._size(start)))
-        put((SETITEMS, BUILD))
-
-    def _location(self, location: DcpLocation) -> None:
-        writer = self._writer
-        put = self._out.writelines
-        put((writer.reference(FILESYSTEM, "_StorageInfo"), NEW_OBJECT, EMPTY_DICT, MARK))
-        put((writer.text("relative_path"), writer.text(location.file)))
-        put((writer.text("offset"), integer(location.offset), writer.text("length"), integer(location.length)))
-        put((SETITEMS, BUILD))
+    def _placed(self, key: str, start: Shape | None, location: DcpLocation) -> None:
+        """An entry of `storage_data`: which chunk, or object, and where it is."""
+        self._out.writelines(
+            (
+                self._phrase((METADATA, "MetadataIndex"), NEW_OBJECT, EMPTY_DICT, MARK, "fqn"),
+                self._writer.text(key),
+                self._phrase("index", NONE),
+                b"" if start is None else self._phrase("offset") + self._size(start),
+                SETITEMS,
+                BUILD,
+                self._phrase((FILESYSTEM, "_StorageInfo"), NEW_OBJECT, EMPTY_DICT, MARK, "relative_path"),
+                self._writer.text(location.file),
+                self._phrase("offset"),
+                integer(location.offset),
+                self._phrase("length"),
+                integer(location.length),
+                SETITEMS,
+                BUILD,
+            )
+        )

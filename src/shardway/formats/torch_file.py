@@ -11,6 +11,7 @@ from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.formats.pickles import load_pickle
 from shardway.formats.tensor_pickles import TENSOR_NAMES, View, storage_of_id, tensor_pickle
 from shardway.formats.zips import (
+    END_BYTES,
     Entry,
     ZipInvalidError,
     central_entry,
@@ -131,10 +132,20 @@ def tensor_blob_frame(dtype: DType, shape: Shape, *, offset: int = 0, align: int
         ShardwayError: `dtype-unsupported` for elements smaller than a byte.
     """
     template = _template(dtype, shape)
-    padding = 4 + (phase - offset - template.min_head - 4) % align
-    head = template.before + local_header(_DATA, template.num_bytes, padding)
+    head = template.before + local_header(_DATA, template.num_bytes, _padding(template, offset, align, phase))
     start = len(head) + template.num_bytes
     return TensorFrame(head, template.central + directory_end(4, len(template.central), start), template.num_bytes)
+
+
+def tensor_blob_extent(dtype: DType, shape: Shape, *, offset: int, align: int, phase: int) -> tuple[int, int]:
+    """Bytes before the elements, and of the whole blob, that `tensor_blob_frame` would frame, without framing it."""
+    template = _template(dtype, shape)
+    head = template.min_head + _padding(template, offset, align, phase)
+    return head, head + template.num_bytes + len(template.central) + END_BYTES
+
+
+def _padding(template: _Template, offset: int, align: int, phase: int) -> int:
+    return 4 + (phase - offset - template.min_head - 4) % align
 
 
 class _Template(NamedTuple):

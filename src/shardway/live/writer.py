@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from shardway.live.records import ObjectShard, Shard
     from shardway.live.state import LiveState
 
-_STEP_BYTES = 2**20  # hashed and then written while it is still in the processor's cache
+_STEP_BYTES = 2**18  # hashed and then written while it is in the cache (docs/design/0003-moving-bytes.md)
 
 
 class _Job(NamedTuple):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.core.tensors import Chunk
 from shardway.formats.dcp import DcpChunk, DcpLocation, DcpTensor
-from shardway.formats.torch_file import tensor_blob_frame
+from shardway.formats.torch_file import tensor_blob_extent
 from shardway.plans.chunking import assign_files
 from shardway.plans.model import TargetFile
 
@@ -104,16 +104,16 @@ def lay_out(blobs: Sequence[Blob], objects: Sequence[bytes], max_file_bytes: int
     last = 0
     sizes = [blob.box.num_elements * blob.dtype.itemsize for blob in blobs]
     for number, (key, box, dtype, align, phase) in zip(assign_files(sizes, max_file_bytes), blobs, strict=True):
-        frame = tensor_blob_frame(dtype, box.size, offset=at, align=align, phase=phase)
-        if number != last or (at and at + frame.length > max_file_bytes):
+        head, length = tensor_blob_extent(dtype, box.size, offset=at, align=align, phase=phase)
+        if number != last or (at and at + length > max_file_bytes):
             laid.targets.append(TargetFile(name, at, literals))
             name, at, literals, last = _file_name(len(laid.targets)), 0, (), number
-            frame = tensor_blob_frame(dtype, box.size, offset=at, align=align, phase=phase)
-        chunk = Chunk(box.start, box.size, name, at + len(frame.head))
+            head, length = tensor_blob_extent(dtype, box.size, offset=at, align=align, phase=phase)
+        chunk = Chunk(box.start, box.size, name, at + head)
         laid.chunks.setdefault(key, []).append(chunk)
         laid.blob_offsets.setdefault(key, array("Q")).append(at)
-        laid.blob_bytes.setdefault(key, array("Q")).append(frame.length)
-        at += frame.length
+        laid.blob_bytes.setdefault(key, array("Q")).append(length)
+        at += length
     laid.targets.append(TargetFile(name, at, literals))
     return laid
 

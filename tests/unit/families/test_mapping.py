@@ -129,7 +129,7 @@ def family_with(*rules: Rule) -> mock._patch_dict:
     import dataclasses
 
     wrong = dataclasses.replace(LLAMA, rules=rules)
-    return mock.patch.dict(registry._BY_ARCHITECTURE, {"LlamaForCausalLM": wrong})
+    return mock.patch.dict(registry._REGISTERED, {"LlamaForCausalLM": wrong})
 
 
 GOOD = [rule for rule in LLAMA.rules if not rule.when or rule.when == "!tied"]
