@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
+from shardway.core.collector import collector_paused
 from shardway.core.dtypes import DType
 from shardway.core.errors import Code, Problem, Problems, ShardwayError
 from shardway.formats import tensor_pickles
@@ -98,19 +98,16 @@ def read_metadata(data: bytes, file: str) -> DcpMetadata:
 
     Source: torch/distributed/checkpoint/metadata.py and filesystem.py (2.13).
     """
-    collecting = gc.isenabled()
-    gc.disable()  # a million small objects, none of them garbage: the collector would take as long as the reading
-    try:
-        return _read(data, file)
-    finally:
-        if collecting:
-            gc.enable()
+    with collector_paused():
+        root = load_pickle(data, allowed=_NAMES, file=file, fields=_FIELDS)
+        del data  # what is read takes several times as much, and each part of it goes once it is converted
+        return _convert(root, file)
 
 
-def _read(data: bytes, file: str) -> DcpMetadata:
-    root = load_pickle(data, allowed=_NAMES, file=file)
-    state = _state(root, "Metadata")
-    if state is None:
+def _convert(root: object, file: str) -> DcpMetadata:
+    """What a pickled Metadata says; takes its entries out of it."""
+    state = root.state if type(root) is SavedObject and root.type_name == _METADATA else None
+    if type(state) is not dict:
         raise _invalid(f"it holds a {type(root).__name__}, not a torch.distributed.checkpoint Metadata", file)
     entries, places = state.get("state_dict_metadata"), state.get("storage_data")
     if type(entries) is not dict or type(places) is not dict:
@@ -119,13 +116,14 @@ def _read(data: bytes, file: str) -> DcpMetadata:
     locations = _locations(places, file, problems)
     tensors: dict[str, DcpTensor] = {}
     objects: dict[str, DcpLocation] = {}
-    for key, entry in entries.items():
+    for key in list(entries):
         if len(problems) >= _MAX_PROBLEMS:
             break
+        entry = entries.pop(key)
         if not _is_name(key):
             shown = f"{key[:200]!a}" if type(key) is str else f"a {type(key).__name__}"
             problems.add(Code.METADATA_INVALID, f"{shown} is no name of a tensor", file=file)
-        elif (saved := _state(entry, "TensorStorageMetadata")) is not None:
+        elif (saved := _state(entry, _TENSOR)) is not None:
             tensor = _tensor(key, saved, locations, file, problems)
             if tensor is not None:
                 tensors[key] = tensor
@@ -144,9 +142,9 @@ def _read(data: bytes, file: str) -> DcpMetadata:
     return DcpMetadata(tensors=tensors, objects=objects, version=version if type(version) is str else None)
 
 
-def _state(value: object, name: str) -> dict[str, object] | None:
-    """The attributes of a saved `name` of the metadata module; None for anything else."""
-    if type(value) is SavedObject and value.type_name == f"{METADATA}.{name}" and type(value.state) is dict:
+def _state(value: object, type_name: str) -> tuple[Any, ...] | None:
+    """The attributes of interest of a saved object of this class; None for anything else."""
+    if type(value) is SavedObject and value.type_name == type_name and type(value.state) is tuple:
         return value.state
     return None
 
@@ -156,19 +154,18 @@ def _locations(
 ) -> dict[tuple[str, Shape | None], DcpLocation]:
     found: dict[tuple[str, Shape | None], DcpLocation] = {}
     safe_names: set[str] = set()
-    for index, place in places.items():
+    for index in list(places):
         if len(problems) >= _MAX_PROBLEMS:
             break
+        place = places.pop(index)
         key = _index(index)
         if key is None or type(place) is not SavedObject or place.type_name != _STORAGE_INFO:
             problems.add(Code.METADATA_INVALID, "storage_data has an entry that is not an index and a place", file=file)
             continue
-        state = place.state if type(place.state) is dict else {}
-        name, offset, length = state.get("relative_path"), state.get("offset"), state.get("length")
+        name, offset, length, transforms = _state(place, _STORAGE_INFO) or (None, None, None, None)
         if type(name) is not str or not _is_count(offset) or not _is_count(length):
             problems.add(Code.METADATA_INVALID, f"{key[0]} has no proper place", tensor=key[0], file=file)
             continue
-        transforms = state.get("transform_descriptors")
         if transforms:
             _report_transforms(key[0], transforms if type(transforms) is list else [], file, problems)
             continue
@@ -184,21 +181,18 @@ def _locations(
 
 
 def _index(index: object) -> tuple[str, Shape | None] | None:
-    state = index.state if type(index) is SavedObject and index.type_name == _INDEX else None
-    if type(state) is not dict:
-        return None
-    key, start = state.get("fqn"), state.get("offset")
+    key, start = _state(index, _INDEX) or (None, None)
     return (key, start) if _is_name(key) and (start is None or is_shape(start)) else None
 
 
 def _tensor(
     key: str,
-    state: dict[str, object],
+    state: tuple[Any, ...],
     locations: dict[tuple[str, Shape | None], DcpLocation],
     file: str,
     problems: Problems,
 ) -> DcpTensor | None:
-    properties, shape, saved_chunks = state.get("properties"), state.get("size"), state.get("chunks")
+    properties, shape, saved_chunks = state
     dtype = _dtype(properties)
     if dtype is None or not is_shape(shape) or type(saved_chunks) is not list:
         problems.add(
@@ -210,8 +204,7 @@ def _tensor(
         return None
     chunks = []
     for saved in saved_chunks:
-        box = saved.state if type(saved) is SavedObject and saved.type_name == _CHUNK else None
-        start, size = (box.get("offsets"), box.get("sizes")) if type(box) is dict else (None, None)
+        start, size = _state(saved, _CHUNK) or (None, None)
         if not is_shape(start) or not is_shape(size):
             problems.add(Code.METADATA_INVALID, f"a chunk of {key} has no proper place", tensor=key, file=file)
             return None
@@ -316,7 +309,15 @@ def _invalid(what: str, file: str) -> ShardwayError:
 _BYTES = f"{METADATA}.BytesStorageMetadata"
 _CHUNK = f"{METADATA}.ChunkStorageMetadata"
 _INDEX = f"{METADATA}.MetadataIndex"
+_METADATA = f"{METADATA}.Metadata"
 _STORAGE_INFO = f"{FILESYSTEM}._StorageInfo"
+_TENSOR = f"{METADATA}.TensorStorageMetadata"
+_FIELDS = {
+    _CHUNK: ("offsets", "sizes"),
+    _INDEX: ("fqn", "offset"),
+    _STORAGE_INFO: ("relative_path", "offset", "length", "transform_descriptors"),
+    _TENSOR: ("properties", "size", "chunks"),
+}
 
 # Everything that torch 2.1 to 2.13 and megatron-core put into .metadata: `all_local_plans` of newer megatron-core
 # brings the planner's classes, `mcore_data` of older ones only dicts.
