@@ -225,7 +225,7 @@ def _prepare(origin: Path, root: Path, options: MigrationOptions, form: Form, ex
             check_small_files(checkpoint, record, copied)
         train_state = _train_state(checkpoint)
     distcp = {chunk.file for tensor in checkpoint.catalog.tensors.values() for chunk in tensor.chunks}
-    distcp |= {location.file for location in checkpoint.metadata.objects.values()}
+    distcp |= {location.file for location in checkpoint.places.values()}
     others = {".metadata", "metadata.json", "common.pt", RECORD_FILE} & checkpoint.files.keys()
     reads = tuple(sorted(distcp | others | set(copied)))
     made = _record(snapshot.fingerprint(reads), record, migration, options, form)

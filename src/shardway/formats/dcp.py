@@ -153,6 +153,7 @@ def _locations(
     places: dict[object, object], file: str, problems: Problems
 ) -> dict[tuple[str, Shape | None], DcpLocation]:
     found: dict[tuple[str, Shape | None], DcpLocation] = {}
+    shared: dict[DcpLocation, DcpLocation] = {}  # all layers may have one object
     safe_names: set[str] = set()
     for index in list(places):
         if len(problems) >= _MAX_PROBLEMS:
@@ -176,7 +177,8 @@ def _locations(
             safe_names.add(name)
         if key in found:
             problems.add(Code.METADATA_INVALID, f"{key[0]} has two places", tensor=key[0], file=file)
-        found[key] = DcpLocation(name, offset, length)
+        location = DcpLocation(name, offset, length)
+        found[key] = location if key[1] is not None else shared.setdefault(location, location)
     return found
 
 

@@ -5,6 +5,7 @@ Source: huggingface_hub 1.33, `split_state_dict_into_shards_factory` in serializ
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from dataclasses import dataclass
@@ -102,4 +103,7 @@ def index_json(shards: Iterable[HuggingFaceShard]) -> bytes:
             num_bytes += dtype.num_bytes(math.prod(shape))
     metadata = {"total_parameters": num_elements, "total_size": num_bytes}
     index = {"metadata": metadata, "weight_map": weight_map}
-    return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+    contents = io.BytesIO()  # written piece by piece: the pieces take ten times as much as what they say
+    contents.writelines(text.encode() for text in json.JSONEncoder(indent=2, sort_keys=True).iterencode(index))
+    contents.write(b"\n")
+    return contents.getvalue()

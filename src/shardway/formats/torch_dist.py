@@ -35,7 +35,7 @@ from shardway.formats.small_files import read_small_file
 from shardway.formats.torch_file import read_tensor_blob
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Container, Iterable, Mapping
     from pathlib import Path
 
     from shardway.core.dtypes import DType
@@ -79,7 +79,9 @@ class TorchDistCheckpoint:
         common_form: Where the common state was.
         hf_dir: The Hugging Face files that were saved along (``hf/``), if there are any.
         files: Every file in `root`, by path relative to it, with its bytes.
-        metadata: The ``.metadata`` as read.
+        described: Every tensor of ``.metadata``; where one is not in the catalog, offsets are those of the blobs that
+            hold its chunks.
+        places: Where each of its pickled objects is.
     """
 
     root: Path
@@ -92,7 +94,8 @@ class TorchDistCheckpoint:
     common_form: Literal["common.pt", "common_state"]
     hf_dir: Path | None
     files: Mapping[str, int]
-    metadata: DcpMetadata
+    described: Mapping[str, StoredTensor]
+    places: Mapping[str, DcpLocation]
 
     def read_object(self, key: str) -> object:
         """The pickled object `key`, read as `read_torch_bytes` does.
@@ -109,7 +112,7 @@ class TorchDistCheckpoint:
             ShardwayError: `tensor-missing` for a key that is not there, `torch-file-invalid` for an object of more than
                 256 MiB, `distcp-truncated`, `file-missing`, `file-unreadable`.
         """
-        location = self.metadata.objects.get(key)
+        location = self.places.get(key)
         if location is None:
             raise ShardwayError(Problem(code=Code.TENSOR_MISSING, what=f"there is no object {key}", file=self.root))
         return _object_bytes(self.root, key, location)
@@ -170,7 +173,8 @@ def _open(root: Path, wanted: Callable[[str], bool] | None) -> TorchDistCheckpoi
         common_form=form,
         hf_dir=_hf_dir(root),
         files=files,
-        metadata=metadata,
+        described={**_unopened(metadata, tensors), **tensors},
+        places=metadata.objects,
     )
 
 
@@ -372,6 +376,16 @@ def _find_tensors(
         dtype, shape, chunks = metadata.tensors[key]
         tensors[key] = StoredTensor(key, dtype, shape, tuple(found[key, chunk.start] for chunk in chunks))
     return tensors
+
+
+def _unopened(metadata: DcpMetadata, opened: Container[str]) -> dict[str, StoredTensor]:
+    """The tensors that were not looked for, their chunks where their blobs are."""
+    found = {}
+    for key, (dtype, shape, chunks) in metadata.tensors.items():
+        if key not in opened:
+            places = (Chunk(start, size, at.file, at.offset) for start, size, at in chunks)
+            found[key] = StoredTensor(key, dtype, shape, tuple(places))
+    return found
 
 
 def _find_chunk(fd: int, file: str, key: str, dtype: DType, chunk: DcpChunk, problems: Problems) -> int:

@@ -355,7 +355,7 @@ def provider_of(
     """
     config = HFConfig(values, CONFIG_FILE)
     names = None if hf is None else present(open_huggingface(hf)).catalog.tensors
-    keys = None if megatron is None else open_torch_dist(megatron, wanted=lambda _: False).metadata.tensors
+    keys = None if megatron is None else open_torch_dist(megatron, wanted=lambda _: False).described
     mapping = map_model(config, variants=variants_in(config, hf=names, mcore=keys))
     if "mamba_num_heads" in mapping.megatron_config:
         raise _not_built("Mamba mixers")

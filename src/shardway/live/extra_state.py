@@ -34,7 +34,7 @@ def restore(setters: Mapping[str, Callable[[object], None]], checkpoint: TorchDi
     values: dict[DcpLocation, torch.Tensor | None] = {}
     unknown: list[str] = []
     for key, give in setters.items():
-        location = checkpoint.metadata.objects.get(key)
+        location = checkpoint.places.get(key)
         if location is None:
             continue
         if location not in values:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from shardway.core.boxes import Box
 from shardway.core.collector import collector_paused
 from shardway.core.errors import Code, Problems, ShardwayError
-from shardway.core.tensors import Chunk, StoredTensor
 from shardway.core.tiles import reach
 from shardway.families.config import HFConfig
 from shardway.families.layout import layout_of
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from shardway.core.tensors import Catalog
+    from shardway.core.tensors import Catalog, StoredTensor
     from shardway.core.tiles import Tile
     from shardway.families.mapping import ModelMapping
     from shardway.formats.quantised import Quantised
@@ -160,11 +159,7 @@ def load_torch_dist(
         return (tail_of(key) in wanted or "norm" in key) and not is_training_state(key)
 
     checkpoint = open_torch_dist(Path(path), wanted=is_wanted)
-    described = {
-        key: StoredTensor(key, dtype, shape, tuple(Chunk(start, size, at.file, 0) for start, size, at in chunks))
-        for key, (dtype, shape, chunks) in checkpoint.metadata.tensors.items()
-        if not is_training_state(key)
-    }
+    described = {key: tensor for key, tensor in checkpoint.described.items() if not is_training_state(key)}
     problems = Problems()
     mapping, stored = _mappings(config, memory, described)
     if mapping is not None and stored is not None:

@@ -102,11 +102,13 @@ def plan_export(
     shards = shard_tensors(wanted, options.max_shard_bytes or default_shard_bytes(wanted))
     tensors: dict[str, StoredTensor] = {}
     targets = []
+    origins: dict[int, Shape] = {}  # by the number of axes
     for shard in shards:
         layout = lay_out(shard.tensors, {"format": "pt"})
         targets.append(TargetFile(shard.file, layout.num_bytes, ((0, layout.header),)))
         for (name, dtype, shape), offset in zip(shard.tensors, layout.offsets, strict=True):
-            chunk = Chunk((0,) * len(shape), shape, shard.file, offset)
+            origin = origins.setdefault(len(shape), (0,) * len(shape))
+            chunk = Chunk(origin, shape, shard.file, offset)
             tensors[name] = StoredTensor(name, dtype, shape, (chunk,))
     small_files = {INDEX_FILE: index_json(shards)} if len(shards) > 1 else {}
     if options.dtype is not None or (QUANTIZATION_CONFIG in config and not names):
@@ -114,7 +116,7 @@ def plan_export(
         small_files["config.json"] = config_with_dtype(plain, options.dtype)
         copied_files = tuple(file for file in copied_files if file[0] != "config.json")
     carried = [tile for tile in mapping.tiles if tile.hf.tensor not in names]
-    streams = tuple(stream for stream in build_streams(carried, tensors, source.tensors) if stream.pieces)
+    streams = build_streams(carried, tensors, source.tensors).with_pieces()
     made = plan_requantised(names, config, mapping.tiles, tensors, source.tensors, streams) if names else None
     return Plan(
         direction=Direction.EXPORT,

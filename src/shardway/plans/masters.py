@@ -62,7 +62,7 @@ def with_masters(
             problems.append(_no_master(name, tensor, master, checkpoint))
         else:
             found[name] = master
-    bucketed = _forms(checkpoint.metadata.tensors) | _forms(checkpoint.metadata.objects)
+    bucketed = _forms(checkpoint.described) | _forms(checkpoint.places)
     if problems:
         raise ShardwayError(problems)
     if untrained and (bucketed or not masters):
@@ -88,7 +88,7 @@ def _no_master(name: str, tensor: StoredTensor, master: StoredTensor, checkpoint
 def _no_masters(count: int, name: str, bucketed: set[str], checkpoint: TorchDistCheckpoint) -> Problem:
     if bucketed:
         why = f"the optimizer was saved as {', '.join(sorted(bucketed))}, which does not say which values are whose"
-    elif any(is_training_state(key) for key in checkpoint.metadata.tensors):
+    elif any(is_training_state(key) for key in checkpoint.described):
         why = "there is optimizer state, but no optimizer.state.param or fp32_param among it"
     else:
         why = "there is no optimizer state in it"

@@ -99,7 +99,7 @@ def plan_migration(
         moved: dict[tuple[str, Shape], tuple[str, Shape]] = {}
         stored = joined(stored, source, moved, [])
         recorded = {moved.get(place, place): digest for place, digest in recorded.items()}
-    objects = [key for key in source.metadata.objects if key != COMMON_STATE]
+    objects = [key for key in source.places if key != COMMON_STATE]
     relaid = relay(stored, objects, layout if layout is not old else None, str(source.root))
     cuts = _cut(stored, relaid, options)
     kept, positions = _read_objects(source, relaid)
@@ -220,7 +220,7 @@ def _read_objects(source: TorchDistCheckpoint, relaid: Relaid) -> tuple[list[byt
     total = 0
     known: dict[object, int] = {}
     for key, old in relaid.objects.items():
-        location = source.metadata.objects[old]
+        location = source.places[old]
         if location not in known:
             contents = source.object_bytes(old)
             if contents not in kept:

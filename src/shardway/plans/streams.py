@@ -180,6 +180,10 @@ class Streams(Sequence[Stream]):
             return Streams(self._table, self._order[place])
         return self._table.make(self._order[place])
 
+    def with_pieces(self) -> Streams:
+        """Those that have a place on the Hugging Face side."""
+        return Streams(self._table, array("I", (number for number in self._order if self._table.make(number).pieces)))
+
 
 def _with_whole_combs(
     found: list[tuple[Box, tuple[Chunk, ...]]], tiles: Iterable[Tile], hf: Mapping[str, StoredTensor], shape: Shape

@@ -71,6 +71,8 @@ class ModelState:
 
     def digests(self, recorded: ChunkDigests) -> ChunkDigests:
         """Recorded digests by the names and starts that chunks have here."""
+        if not self._moved:
+            return recorded
         return {self._moved.get(place, place): digest for place, digest in recorded.items()}
 
 
@@ -110,7 +112,7 @@ def model_state(checkpoint: TorchDistCheckpoint, weights: Weights = Weights.MODE
         passed_over = {name: tensor for name, tensor in found.items() if tensors[name].dtype is not tensor.dtype}
         used = {tensor.name for tensor in masters.values()}
         notes += about_masters(trained, untrained)
-    state = (*checkpoint.metadata.tensors, *checkpoint.metadata.objects)
+    state = (*checkpoint.described, *checkpoint.places)
     left_out = [key for key in state if (is_training_state(key) or _EXTRA_STATE.search(key)) and key not in used]
     left_out += copies
     left_out += [f"common state: {key}" for key in checkpoint.common if key not in _ABOUT]

@@ -166,7 +166,7 @@ def _particulars(checkpoint: Checkpoint) -> dict[str, Any]:
     architecture = record.architecture if record else None
     if architecture is None and checkpoint.hf_dir is not None and f"{HF_FOLDER}/{CONFIG_FILE}" in checkpoint.files:
         architecture = _architecture(read_companions(checkpoint.hf_dir)[0])
-    keys = (*checkpoint.metadata.tensors, *checkpoint.metadata.objects)
+    keys = (*checkpoint.described, *checkpoint.places)
     return {
         "kind": "megatron",
         "architecture": architecture,

@@ -40,7 +40,7 @@ def test_what_holds_something_is_restored() -> None:
         return read_torch_bytes(blobs[key], file=key)
 
     # Stands for a TorchDistCheckpoint: what is asked of it is a location and an object.
-    checkpoint: Any = SimpleNamespace(metadata=SimpleNamespace(objects=locations), read_object=read_object)
+    checkpoint: Any = SimpleNamespace(places=locations, read_object=read_object)
     given: dict[str, Any] = {}
 
     def setter(key: str) -> Any:

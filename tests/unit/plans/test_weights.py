@@ -15,7 +15,7 @@ import shardway
 from shardway.core.boxes import Box
 from shardway.core.dtypes import BFLOAT16, FLOAT32
 from shardway.core.tensors import Catalog, Chunk, StoredTensor
-from shardway.formats.dcp import DcpLocation, DcpMetadata, DcpTensor
+from shardway.formats.dcp import DcpLocation
 from shardway.formats.torch_dist import TorchDistCheckpoint
 from shardway.plans.weights import Weights, model_state
 
@@ -38,7 +38,6 @@ def stored(key: str, shape: Shape, dtype: DType = BFLOAT16, start: Shape = ()) -
 
 def checkpoint(tensors: Iterable[StoredTensor], objects: Iterable[str] = ()) -> TorchDistCheckpoint:
     by_key = {tensor.name: tensor for tensor in tensors}
-    entries = {key: DcpTensor(tensor.dtype, tensor.shape, ()) for key, tensor in by_key.items()}
     return TorchDistCheckpoint(
         root=Path("ckpt"),
         iteration=1,
@@ -50,7 +49,8 @@ def checkpoint(tensors: Iterable[StoredTensor], objects: Iterable[str] = ()) -> 
         common_form="common.pt",
         hf_dir=None,
         files={},
-        metadata=DcpMetadata(tensors=entries, objects=dict.fromkeys(objects, PLACE)),
+        described=by_key,
+        places=dict.fromkeys(objects, PLACE),
     )
 
 
