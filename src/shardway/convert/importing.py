@@ -315,7 +315,7 @@ def _plan(
         checkpoint = present(checkpoint, options.dtype)
         config = HFConfig(checkpoint.config, str(origin / CONFIG_FILE))
         variants = variants_in(config, hf=checkpoint.catalog.tensors) | {"te": names.spec is Spec.TE}
-        mapping = map_model(config, names.layout, variants=variants)
+        mapping = map_model(config, names.layout, variants=variants, known=checkpoint.catalog.tensors)
         return checkpoint, mapping, plan_import(checkpoint, mapping, folder, options)
     except ShardwayError as error:
         if not problems or checkpoint is None:

@@ -136,7 +136,8 @@ def plan(
         stored = open_huggingface(path)
         found = present(stored, importing.dtype)
         config = HFConfig(found.config, str(path / CONFIG_FILE))
-        mapping = map_model(config, wanted, variants=variants_in(config, hf=found.catalog.tensors))
+        names = found.catalog.tensors
+        mapping = map_model(config, wanted, variants=variants_in(config, hf=names), known=names)
         planned = plan_import(found, mapping, _NOWHERE / iteration_folder(0), importing)
     except ShardwayError as error:
         return _stopped(source, "import", error)

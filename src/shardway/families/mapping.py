@@ -102,7 +102,11 @@ def variants_in(
 
 @collector_paused()
 def map_model(
-    config: HFConfig, layout: Layout | None = None, *, variants: Mapping[str, bool] | None = None
+    config: HFConfig,
+    layout: Layout | None = None,
+    *,
+    variants: Mapping[str, bool] | None = None,
+    known: Iterable[str] = (),
 ) -> ModelMapping:
     """Enumerate both sides of a model and prove that its tiles cover each exactly once.
 
@@ -110,6 +114,8 @@ def map_model(
         config: The model's config.json.
         layout: How the Megatron side stores the decoder's layers; None for what megatron-core does with such a model.
         variants: The form that the tensors are in, as `variants_in` finds it; by default that of published models.
+        known: Names of tensors that are in memory already; the mapping refers to these strings and makes none of its
+            own for them.
 
     Raises:
         ShardwayError: `architecture-unsupported`, `config-invalid`; `option-invalid` for layers that can't be stacked;
@@ -130,12 +136,12 @@ def map_model(
     dtypes: dict[str, str] = {}
     shifts: dict[str, float] = {}
     extra_state = dict.fromkeys(f"{module}._extra_state/shard_0_1" for module in family.extra_state)
-    keys: dict[str, str] = {}  # one string for all layers that share a key
+    shared = {name: name for name in known}
     for rule, parts, names, place in _enumerate(family, dims, flags, stacks, layout):
         key = fill(rule.mcore.replace("{i}.", "") if place is not None else rule.mcore, names)
-        key = keys.setdefault(key, key)
+        key = shared.setdefault(key, key)  # one string for all layers that share a key
         mcore[key] = parts.mcore_shape
-        for shape, tile in parts.tiles(key, names, place):
+        for shape, tile in parts.tiles(key, names, place, shared):
             hf[tile.hf.tensor] = shape
             tiles.append(tile)
         if rule.dtype:

@@ -217,13 +217,16 @@ class Expanded:
         )
         return Expanded((num_layers, *self.mcore_shape), grids, self.num_indexed, stacked=True)
 
-    def tiles(self, mcore: str, names: Mapping[str, int], layer: int | None) -> Iterator[tuple[Shape, Tile]]:
+    def tiles(
+        self, mcore: str, names: Mapping[str, int], layer: int | None, known: Mapping[str, str]
+    ) -> Iterator[tuple[Shape, Tile]]:
         """The tiles of one layer, each with the shape of its Hugging Face tensor.
 
         Args:
             mcore: Key of the Megatron tensor on disk.
             names: What placeholders in the parts' names stand for.
             layer: Place along the leading axis of layers, where there is one.
+            known: Names that are strings already, by themselves.
         """
         named = [(grid, fill(grid.hf, names)) for grid in self.grids]
         for expert in range(self.num_indexed or 1):
@@ -235,7 +238,7 @@ class Expanded:
                     base = (*base[:mcore_index], expert, *base[mcore_index + 1 :])
                 if hf_index is not None:
                     hf_base = (*hf_base[:hf_index], expert, *hf_base[hf_index + 1 :])
-                yield shape, Tile(sizes, Side(name, hf_base, hf_steps), Side(mcore, base, steps))
+                yield shape, Tile(sizes, Side(known.get(name, name), hf_base, hf_steps), Side(mcore, base, steps))
 
 
 def fill(template: str, names: Mapping[str, int]) -> str:

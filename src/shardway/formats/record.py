@@ -178,15 +178,24 @@ def _parse(document: dict[str, Any]) -> Record:
             scheme: tuple(map(_text, names))
             for scheme, names in document.get("quantised", {}).items()  # records of 0.1.0 have none
         },
-        digests={
-            (tensor, tuple(map(int, start.split("."))) if start else ()): _text(digest)
-            for tensor, chunks in digests["chunks"].items()
-            for start, digest in chunks.items()
-        },
+        digests=_chunk_digests(digests["chunks"]),
         files={
             name: FileDigest(_size(file["bytes"]), _text(file["digest"])) for name, file in digests["files"].items()
         },
     )
+
+
+def _chunk_digests(listed: dict[str, dict[str, str]]) -> ChunkDigests:
+    """The digests of chunks as they are listed; takes them out of the list."""
+    found: ChunkDigests = {}
+    starts: dict[str, tuple[int, ...]] = {"": ()}  # layers and experts have most of them in common
+    for tensor in list(listed):
+        for text, digest in listed.pop(tensor).items():
+            start = starts.get(text)
+            if start is None:
+                start = starts[text] = tuple(map(int, text.split(".")))
+            found[tensor, start] = _text(digest)
+    return found
 
 
 def _text(value: object) -> str:

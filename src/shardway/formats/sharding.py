@@ -60,18 +60,19 @@ def shard_tensors(tensors: Sequence[tuple[str, DType, Shape]], max_shard_bytes: 
     groups: list[list[tuple[str, DType, Shape]]] = []
     current: list[tuple[str, DType, Shape]] = []
     current_bytes = 0
-    for name, dtype, shape in tensors:
+    for tensor in tensors:
+        name, dtype, shape = tensor
         if name in seen:
             problems.add(Code.TENSOR_DUPLICATE, f"tensor {printable(name)} is to be written twice", tensor=name)
         seen.add(name)
         num_bytes = dtype.num_bytes(math.prod(shape))
         if num_bytes > max_shard_bytes:
-            groups.append([(name, dtype, shape)])
+            groups.append([tensor])
             continue
         if current_bytes + num_bytes > max_shard_bytes:
             groups.append(current)
             current, current_bytes = [], 0
-        current.append((name, dtype, shape))
+        current.append(tensor)
         current_bytes += num_bytes
     problems.raise_if_any()
     if current:

@@ -96,21 +96,8 @@ def plan_export(
             dtypes[name] = dtype_of_torch(narrowed[name]) if name in narrowed else stored
     names = names_to_quantise(quantised, mapping.hf) if options.quantize else frozenset()
     block, _ = block_of(config) if names else ((1, 1), False)
-    wanted = []
-    for name, shape in mapping.hf.items():
-        wanted += stored_as(name, shape, block) if name in names else [(name, dtypes[name], shape)]
-    shards = shard_tensors(wanted, options.max_shard_bytes or default_shard_bytes(wanted))
-    tensors: dict[str, StoredTensor] = {}
-    targets = []
-    origins: dict[int, Shape] = {}  # by the number of axes
-    for shard in shards:
-        layout = lay_out(shard.tensors, {"format": "pt"})
-        targets.append(TargetFile(shard.file, layout.num_bytes, ((0, layout.header),)))
-        for (name, dtype, shape), offset in zip(shard.tensors, layout.offsets, strict=True):
-            origin = origins.setdefault(len(shape), (0,) * len(shape))
-            chunk = Chunk(origin, shape, shard.file, offset)
-            tensors[name] = StoredTensor(name, dtype, shape, (chunk,))
-    small_files = {INDEX_FILE: index_json(shards)} if len(shards) > 1 else {}
+    tensors, targets, index = _lay_out(mapping.hf, dtypes, names, block, options.max_shard_bytes)
+    small_files = {INDEX_FILE: index} if index is not None else {}
     if options.dtype is not None or (QUANTIZATION_CONFIG in config and not names):
         plain = config if names else without_quantisation(config)
         small_files["config.json"] = config_with_dtype(plain, options.dtype)
@@ -130,6 +117,42 @@ def plan_export(
         notes=tuple(_notes(source, mapping, dtypes, narrowed, padded, config, names)),
         requantised=made,
     )
+
+
+def _lay_out(
+    shapes: Mapping[str, Shape],
+    dtypes: Mapping[str, DType],
+    quantised: Collection[str],
+    block: tuple[int, int],
+    max_shard_bytes: int | None,
+) -> tuple[dict[str, StoredTensor], list[TargetFile], bytes | None]:
+    """Give every tensor its file and place.
+
+    Args:
+        shapes: Shape of every tensor, by name, in the order in which they are written.
+        dtypes: Their types.
+        quantised: Those that are written as codes and scales.
+        block: Rows and columns that have a scale in common.
+        max_shard_bytes: As `ExportOptions` has it.
+
+    Returns:
+        The tensors in their places, the files, and the index where there are several.
+    """
+    wanted = []
+    for name, shape in shapes.items():
+        wanted += stored_as(name, shape, block) if name in quantised else [(name, dtypes[name], shape)]
+    shards = shard_tensors(wanted, max_shard_bytes or default_shard_bytes(wanted))
+    tensors: dict[str, StoredTensor] = {}
+    targets = []
+    origins: dict[int, Shape] = {}  # by the number of axes
+    for shard in shards:
+        layout = lay_out(shard.tensors, {"format": "pt"})
+        targets.append(TargetFile(shard.file, layout.num_bytes, ((0, layout.header),)))
+        for (name, dtype, shape), offset in zip(shard.tensors, layout.offsets, strict=True):
+            origin = origins.setdefault(len(shape), (0,) * len(shape))
+            chunk = Chunk(origin, shape, shard.file, offset)
+            tensors[name] = StoredTensor(name, dtype, shape, (chunk,))
+    return tensors, targets, index_json(shards) if len(shards) > 1 else None
 
 
 def default_shard_bytes(tensors: list[tuple[str, DType, Shape]]) -> int:

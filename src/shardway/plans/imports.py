@@ -90,10 +90,7 @@ def plan_import(
     dtypes = _dtypes(source.catalog.tensors, mapping, options.dtype, problems)
     problems.raise_if_any()
 
-    on: dict[str, list[Tile]] = {}
-    for tile in mapping.tiles:
-        on.setdefault(tile.mcore.tensor, []).append(tile)
-    laid = _lay_out(source, mapping, on, dtypes, options)
+    laid = _lay_out(source, mapping, dtypes, options)
     catalog = Catalog(
         root=destination,
         tensors={
@@ -206,11 +203,13 @@ def widened(source: HuggingFaceCheckpoint, mapping: ModelMapping) -> dict[str, s
 def _lay_out(
     source: HuggingFaceCheckpoint,
     mapping: ModelMapping,
-    on: Mapping[str, list[Tile]],
     dtypes: Mapping[str, DType],
     options: ImportOptions,
 ) -> Laid:
     """Give every chunk its file and place, in the order of the model's layers."""
+    on: dict[str, list[Tile]] = {}
+    for tile in mapping.tiles:
+        on.setdefault(tile.mcore.tensor, []).append(tile)
     order = {name: place for place, name in enumerate(mapping.hf)}
     most = max(options.max_file_bytes - _MAX_FRAME_BYTES, BLOCK_BYTES)
     problems = Problems()

@@ -178,8 +178,9 @@ def joined(
     for name, members in parts.items():
         if len(members) == 1 and members[0][0].expert is None and members[0][0].half is None:
             tensor = members[0][1]
-            found[name] = tensor._replace(name=name)
+            found[name] = tensor
             if tensor.name != name:
+                found[name] = tensor._replace(name=name)
                 moved.update({(tensor.name, chunk.start): (name, chunk.start) for chunk in tensor.chunks})
             continue
         found[name] = _join(name, _without_copies(members, copies), checkpoint, moved)

@@ -56,7 +56,7 @@ def execute(
         supply: Brings the files of the source as they are needed; None where all of them are there.
 
     Returns:
-        The digest of every chunk of the Megatron side.
+        The digest of every chunk that was written: all of the Megatron side in an import, none in an export.
 
     Raises:
         ShardwayError: Whatever went wrong, all threads' problems together; `cast-overflow` when a cast made finite

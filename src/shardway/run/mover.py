@@ -70,11 +70,11 @@ class Mover:
         self._expected = expected
         self._cloner = cloner
         self._buffer = memoryview(bytearray(BUFFER_BYTES))
-        self.digests: dict[str, ChunkDigests] = {}  # by the file that the chunks are in
+        self.digests: dict[str, ChunkDigests] = {}  # of chunks that were written, by the file that they are in
         self.losses = Losses()
 
     def move(self, stream: Stream) -> None:
-        """Move one stream from end to end and record the digest of each of its chunks.
+        """Move one stream from end to end and record the digest of each chunk that is written.
 
         Raises:
             ShardwayError: `io-failed`, `no-space`, `source-changed`, or `digest-mismatch`.
@@ -90,7 +90,8 @@ class Mover:
             digests = [self._export(stream, found)]
         for chunk, digest in zip(stream.chunks, digests, strict=True):
             self._check(stream, chunk, digest)
-            self.digests.setdefault(chunk.file, {})[stream.tensor, chunk.start] = digest
+            if self._plan.direction is Direction.IMPORT:
+                self.digests.setdefault(chunk.file, {})[stream.tensor, chunk.start] = digest
 
     def _runs(self, stream: Stream) -> list[Run] | None:
         """The stream as byte runs in chunk order; None where it has to be moved as strided blocks."""
