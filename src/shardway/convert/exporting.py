@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import time
 from collections import Counter
@@ -330,7 +331,8 @@ def prepare_export(checkpoint: TorchDistCheckpoint, hf: Path | None, target: Pat
     hf_config = HFConfig(config, str(companions / CONFIG_FILE))
     keys = checkpoint.catalog.tensors
     variants = variants_in(hf_config, mcore=keys, recorded=record.variants if record else None)
-    mapping = map_model(hf_config, layout_of(keys), variants=variants, known=keys)
+    known = itertools.chain(keys, checkpoint.places)
+    mapping = map_model(hf_config, layout_of(keys), variants=variants, known=known)
     known = record.copies if record else mapping.restored
     copies = {name: of for name, of in known.items() if mapping.aliases.get(name) == of}
     narrowed = record.dtypes if record else {}

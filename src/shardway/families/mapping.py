@@ -69,6 +69,8 @@ class ModelMapping:
 
     def with_copies(self, copies: Mapping[str, str]) -> ModelMapping:
         """The mapping that also writes each of `copies` (name: which tensor it copies) on the Hugging Face side."""
+        if not copies:
+            return self
         named: dict[str, list[str]] = {}
         for name, of in copies.items():
             named.setdefault(of, []).append(name)
@@ -114,8 +116,8 @@ def map_model(
         config: The model's config.json.
         layout: How the Megatron side stores the decoder's layers; None for what megatron-core does with such a model.
         variants: The form that the tensors are in, as `variants_in` finds it; by default that of published models.
-        known: Names of tensors that are in memory already; the mapping refers to these strings and makes none of its
-            own for them.
+        known: Names of tensors and objects that are in memory already; the mapping refers to these strings and keeps
+            none of its own for them.
 
     Raises:
         ShardwayError: `architecture-unsupported`, `config-invalid`; `option-invalid` for layers that can't be stacked;
@@ -150,7 +152,8 @@ def map_model(
             shifts[key] = rule.plus
         module = extra_state_module(key)
         if module is not None:
-            extra_state |= dict.fromkeys(extra_state_keys(module, place, dims["L"], dims.get("E", 0)))
+            states = extra_state_keys(module, place, dims["L"], dims.get("E", 0))
+            extra_state.update((shared.get(state, state), None) for state in states)
     _prove(tiles, hf, mcore)
     aliases = {}
     restored = {}

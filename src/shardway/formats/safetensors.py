@@ -189,16 +189,18 @@ def lay_out(tensors: Sequence[tuple[str, DType, Shape]], metadata: Mapping[str, 
             entries = {}
     if entries:
         members.append(_members(entries))
-    raw = b"{%s}" % b",".join(members)
-    raw += b" " * (-len(raw) % _LENGTH_BYTES)
-    if len(raw) > MAX_HEADER_BYTES:
+    raw = b",".join(members)
+    del members
+    padding = b" " * (-(len(raw) + 2) % _LENGTH_BYTES)
+    header_bytes = len(raw) + 2 + len(padding)
+    if header_bytes > MAX_HEADER_BYTES:
         raise _header_error(
-            f"the header of {len(tensors)} tensors takes {len(raw)} bytes; readers accept {MAX_HEADER_BYTES}",
+            f"the header of {len(tensors)} tensors takes {header_bytes} bytes; readers accept {MAX_HEADER_BYTES}",
             cure="choose a smaller shard size, so that each file holds fewer tensors",
         )
-    data_start = _LENGTH_BYTES + len(raw)
+    data_start = _LENGTH_BYTES + header_bytes
     return SafetensorsLayout(
-        header=len(raw).to_bytes(_LENGTH_BYTES, "little") + raw,
+        header=b"".join((header_bytes.to_bytes(_LENGTH_BYTES, "little"), b"{", raw, b"}", padding)),
         offsets=tuple(data_start + begin for begin in begins),
         num_bytes=data_start + position,
     )

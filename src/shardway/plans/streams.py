@@ -81,15 +81,14 @@ def build_streams(
     for tile in tiles:
         on.setdefault(tile.mcore.tensor, []).append(tile)
     table = _Table(hf)
-    places: list[tuple[str, int, int]] = []
     for name, tensor in mcore.items():
         strides = row_major_strides(tensor.shape)
-        spans = ((*span(_box(tile), strides), k, tile) for k, tile in enumerate(on.get(name, ())))
-        waiting = sorted(spans, reverse=True)
-        live: list[tuple[int, int]] = []
+        on_it = on.pop(name, [])
         found = slabs(tensor)
         if blob_offsets is None:
-            found = _with_whole_combs(found, on.get(name, ()), hf, tensor.shape)
+            found = _with_whole_combs(found, on_it, hf, tensor.shape)
+        waiting = sorted(((*span(_box(tile), strides), k, tile) for k, tile in enumerate(on_it)), reverse=True)
+        live: list[tuple[int, int]] = []
         table.tensors.append(tensor)
         starts: dict[tuple[str, int], int] = {}
         if blob_offsets is not None:
@@ -102,10 +101,8 @@ def build_streams(
                 if end >= first:
                     live.append((end, len(table.tiles)))
                     table.tiles.append(tile)
-            places.append((chunks[0].file, chunks[0].offset, len(places)))
             table.add(chunks, [number for _, number in live], starts)
-    places.sort()
-    return Streams(table, array("I", (number for _, _, number in places)))
+    return Streams(table, array("I", sorted(range(len(table)), key=table.place)))
 
 
 class _Table:
@@ -127,6 +124,14 @@ class _Table:
         self._tensor_numbers = array("I")
         self._past_chunk = array("I")
         self._past_tile = array("I")
+
+    def __len__(self) -> int:
+        return len(self._past_chunk)
+
+    def place(self, number: int) -> tuple[str, int]:
+        """The file of a stream's first chunk, and where it is in it."""
+        chunk = self._chunks[self._past_chunk[number - 1] if number else 0]
+        return chunk.file, chunk.offset
 
     def add(
         self, chunks: tuple[Chunk, ...], tile_numbers: Iterable[int], blob_offsets: Mapping[tuple[str, int], int]
@@ -190,9 +195,12 @@ def _with_whole_combs(
 ) -> list[tuple[Box, tuple[Chunk, ...]]]:
     """Slabs joined where they would cut what an export can write in one piece only together."""
     memories = ((tile, whole(hf[tile.hf.tensor].shape)) for tile in tiles if len(hf[tile.hf.tensor].chunks) == 1)
+    ranges = keep_whole([box for box, _ in found], memories, shape)
+    if len(ranges) == len(found):
+        return found
     return [
         (hull([box for box, _ in found[begin:end]]), tuple(chunk for _, chunks in found[begin:end] for chunk in chunks))
-        for begin, end in keep_whole([box for box, _ in found], memories, shape)
+        for begin, end in ranges
     ]
 
 
