@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.command is None:
         parser.print_help()
         return 0
+    # numpy, where it is needed, would start a thread for each processor, to multiply matrices; nothing here does.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from shardway.cli import commands
     from shardway.core.errors import ShardwayError
 
