@@ -54,6 +54,14 @@ def test_it_gives_every_value_back(model: Path, tmp_path: Path, capsys: pytest.C
     assert shardway.verify(tmp_path / "ckpt", tmp_path / "again").equal
 
 
+def test_a_plan_knows_what_is_quantised(model: Path, tmp_path: Path) -> None:
+    planned = shardway.plan(tmp_path / "ckpt", quantize="fp8-block")
+    assert sum(planned.writes.values()) < sum(shardway.plan(tmp_path / "ckpt").writes.values())
+    shardway.export_hf(tmp_path / "ckpt", tmp_path / "back", quantize="fp8-block", fsync=False)
+    for name, num_bytes in planned.writes.items():
+        assert (tmp_path / "back" / name).stat().st_size == num_bytes
+
+
 def test_a_finished_one_is_reused_and_a_changed_one_is_not(model: Path, tmp_path: Path) -> None:
     first = shardway.export_hf(tmp_path / "ckpt", tmp_path / "back", quantize="fp8-block", fsync=False)
     assert not first.reused

@@ -153,7 +153,7 @@ def test_a_model_of_another_config_is_refused(case: str, found: dict[str, Any]) 
 def test_an_error_while_reading_says_that_the_model_was_changed(case: str, found: dict[str, Any]) -> None:
     said = found[case]
     assert said is not None
-    assert said["codes"] == ["io-failed"]
+    assert set(said["codes"]) == {"io-failed"}
     assert "have been written in part" in said["text"]
     assert "model.safetensors" in said["text"]
 

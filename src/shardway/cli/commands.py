@@ -297,6 +297,8 @@ def _plan(chosen: argparse.Namespace) -> int:
         layout=chosen.layout,
         max_file_size=chosen.max_file_size,
         max_shard_size=chosen.max_shard_size,
+        chunk_for=chosen.chunk_for,
+        quantize=chosen.quantize,
         revision=chosen.revision,
     )
     if chosen.json:

@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.command is None:
         parser.print_help()
         return 0
+    # numpy, where it is needed, would start a thread for each processor, to multiply matrices; nothing here does.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from shardway.cli import commands
     from shardway.core.errors import ShardwayError
 
@@ -108,11 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_hf(command)
     _add_dtype(command)
     _add_weights(command)
-    command.add_argument(
-        "--quantize",
-        choices=("fp8-block",),
-        help="quantise again what came from FP8 blocks (default: write it plainly)",
-    )
+    _add_quantize(command)
     _add_running(command)
     _add_shard_size(command)
     command.add_argument("--push", metavar="ORG/NAME", help="then upload DST to this repository on the Hub")
@@ -161,8 +159,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_hf(command)
     _add_dtype(command)
     _add_weights(command)
+    _add_quantize(command)
     _add_layout(command)
     command.add_argument("--max-file-size", default="4GiB", metavar="SIZE", help="largest .distcp file (default: 4GiB)")
+    _add_chunk_for(command, "one for each layer and expert")
     _add_shard_size(command)
     _add_output(command)
 
@@ -219,6 +219,14 @@ def _add_revision(command: argparse.ArgumentParser) -> None:
 def _add_hf(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--hf", metavar="DIR", help="directory with config.json and tokenizer (default: hf/ inside the checkpoint)"
+    )
+
+
+def _add_quantize(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--quantize",
+        choices=("fp8-block",),
+        help="quantise again what came from FP8 blocks (default: write it plainly)",
     )
 
 

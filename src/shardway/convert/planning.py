@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shardway.convert.chunk_for import parse_chunk_for
 from shardway.convert.exporting import export_options, prepare_export
 from shardway.convert.options import choice, parse_dtype, parse_size
 from shardway.core.errors import Code, Problem, ShardwayError
@@ -84,6 +85,8 @@ def plan(
     layout: str = "auto",
     max_file_size: str | int = "4GiB",
     max_shard_size: str | int = "auto",
+    chunk_for: str = "",
+    quantize: str | None = None,
     revision: str | None = None,
 ) -> PlanReport:
     """Say what importing a Hugging Face checkpoint, or exporting a Megatron one, would read and write.
@@ -99,6 +102,8 @@ def plan(
         layout: For an import, as for `import_hf`.
         max_file_size: For an import, as for `import_hf`.
         max_shard_size: For an export, as for `export_hf`.
+        chunk_for: For an import, as for `import_hf`.
+        quantize: For an export, as for `export_hf`.
         revision: For a repository on the Hub, as for `import_hf`.
 
     Returns:
@@ -111,7 +116,7 @@ def plan(
         from shardway.hub.source import open_hub
 
         with open_hub(str(source), revision, keep=False) as hub:
-            report = plan(hub.root, dtype=dtype, layout=layout, max_file_size=max_file_size)
+            report = plan(hub.root, dtype=dtype, layout=layout, max_file_size=max_file_size, chunk_for=chunk_for)
             return dataclasses.replace(
                 report,
                 source=str(source),
@@ -121,7 +126,7 @@ def plan(
     refuse_revision(source, revision)
     path = Path(source)
     if is_megatron(path):
-        options = export_options(dtype, weights, max_shard_size)
+        options = export_options(dtype, weights, max_shard_size, quantize)
         try:
             checkpoint = open_torch_dist(path, wanted=options.weights.wants)
             job = prepare_export(checkpoint, None if hf is None else Path(hf), _NOWHERE, options)
@@ -131,7 +136,11 @@ def plan(
         reads = _by_file(job.plan.mcore)
         return _report(source, job.plan, job.mapping.architecture, job.mapping.family, layout_found, reads)
     wanted = None if layout == "auto" else choice("layout", layout, Layout)
-    importing = ImportOptions(dtype=parse_dtype(dtype), max_file_bytes=parse_size("max_file_size", max_file_size))
+    importing = ImportOptions(
+        dtype=parse_dtype(dtype),
+        max_file_bytes=parse_size("max_file_size", max_file_size),
+        parallel=parse_chunk_for(chunk_for),
+    )
     try:
         stored = open_huggingface(path)
         found = present(stored, importing.dtype)

@@ -29,6 +29,7 @@ from shardway.live.reader import CountedFiles, Filler, Lane, jobs_of, same_bytes
 from shardway.plans.matching import is_training_state, match_huggingface, tied_problem
 from shardway.plans.streams import chunk_problems
 from shardway.run.engine import parse_workers
+from shardway.run.team import Team
 from shardway.verification.integrity import check_sample
 
 if TYPE_CHECKING:
@@ -337,36 +338,16 @@ def _run(jobs: Sequence[Job], filler: Filler, source: CountedFiles, num_threads:
     """Work through all jobs on several threads; the first error stops all."""
     waiting = iter(jobs)
     lock = threading.Lock()
-    stop = threading.Event()
-    errors: list[BaseException] = []
+    team = Team()
 
     def work() -> None:
         lane = Lane(source, filler)
-        try:
-            while not stop.is_set():
-                with lock:
-                    job = next(waiting, None)
-                if job is None:
-                    break
-                lane.read(job)
-            lane.finish()
-        except BaseException as error:  # noqa: BLE001 - raised again below
-            errors.append(error)
-            stop.set()
+        while not team.stopped.is_set():
+            with lock:
+                job = next(waiting, None)
+            if job is None:
+                break
+            lane.read(job)
+        lane.finish()
 
-    threads = [
-        threading.Thread(target=work, name=f"shardway-load-{number}") for number in range(min(num_threads, len(jobs)))
-    ]
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    except BaseException:
-        stop.set()
-        for thread in threads:
-            if thread.ident is not None:
-                thread.join()
-        raise
-    if errors:
-        raise errors[0]
+    team.run([work] * min(num_threads, len(jobs)), "shardway-load")

@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import xxhash
@@ -16,6 +17,7 @@ from shardway.formats.torch_file import TensorFrame, tensor_blob_frame
 from shardway.live.blocks import Blocks, synchronise
 from shardway.live.written import WriterResult, WrittenFile, WrittenObject, WrittenShard
 from shardway.run.files import failing
+from shardway.run.team import Team
 from shardway.run.writeback import Writeback
 
 if TYPE_CHECKING:
@@ -139,40 +141,13 @@ class _Run:
         self._on_progress = on_progress
         self._fsync = fsync
         self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self._errors: list[BaseException] = []
+        self._team = Team()
         self.digests: dict[Shard, str] = {}
         self.around: dict[str, str] = {}
 
     def write(self, files: Sequence[_File]) -> None:
-        """Write all files, one in this thread; raise what any thread raised, the project's own errors as one."""
-        threads = [threading.Thread(target=self._attempt, args=(file,), name=file.name) for file in files[1:]]
-        try:
-            for thread in threads:
-                thread.start()
-            for file in files[:1]:
-                self._attempt(file)
-            for thread in threads:
-                thread.join()
-        except BaseException:
-            self._stop.set()
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
-            raise
-        if not self._errors:
-            return
-        known = [error for error in self._errors if isinstance(error, ShardwayError)]
-        if len(known) < len(self._errors):
-            raise next(error for error in self._errors if not isinstance(error, ShardwayError))
-        raise ShardwayError(dict.fromkeys(problem for error in known for problem in error.problems)) from known[0]
-
-    def _attempt(self, file: _File) -> None:
-        try:
-            self._write(file)
-        except BaseException as error:  # noqa: BLE001 - raised again by write()
-            self._errors.append(error)
-            self._stop.set()
+        """Write all files, each on a thread of its own; raise what any raised, the project's own errors as one."""
+        self._team.run([partial(self._write, file) for file in files], "shardway-write")
 
     def _write(self, file: _File) -> None:
         path = self._folder / file.name
@@ -184,7 +159,7 @@ class _Run:
             around = xxhash.xxh3_128(b"".join(file.literals))
             self._write_shards(file.jobs, output, around)
             self.around[file.name] = around.hexdigest()
-            if not self._stop.is_set():
+            if not self._team.stopped.is_set():
                 output.finish(file.num_bytes)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -205,7 +180,7 @@ class _Run:
                 output.defer(job.frame.head)
                 around.update(job.frame.head)
             for at in range(0, len(view), _STEP_BYTES):
-                if self._stop.is_set():
+                if self._team.stopped.is_set():
                     return
                 step = view[at : at + _STEP_BYTES]
                 hasher.update(step)

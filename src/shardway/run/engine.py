@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol, overload
 
 from shardway.core.errors import Code, Problem, ShardwayError
+from shardway.run.team import Team
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -140,8 +141,7 @@ class Engine:
         self._written = written
         self._active: dict[str, int] = {}
         self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self._errors: list[BaseException] = []
+        self._team = Team()
 
     def run(self) -> None:
         """Work through all batches; returns when every thread has ended.
@@ -150,41 +150,20 @@ class Engine:
             ShardwayError: What any thread raised, all problems together; batches not yet begun are not done.
             KeyboardInterrupt: After the threads have stopped.
         """
-        threads = [threading.Thread(target=self._work, name=f"shardway-{k}") for k in range(self._num_workers)]
-        try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        except BaseException:
-            self._stop.set()
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
-            raise
-        if not self._errors:
-            return
-        known = [error for error in self._errors if isinstance(error, ShardwayError)]
-        if len(known) < len(self._errors):
-            raise next(error for error in self._errors if not isinstance(error, ShardwayError))
-        raise ShardwayError(dict.fromkeys(problem for error in known for problem in error.problems)) from known[0]
+        self._team.run([self._work] * self._num_workers, "shardway")
 
     def _work(self) -> None:
-        try:
-            worker = self._make_worker()
-            while (batch := self._next()) is not None:
-                for stream in batch.streams:
-                    if self._stop.is_set():
-                        return
-                    worker.move(stream)
-                self._done(batch)
-        except BaseException as error:  # noqa: BLE001 - raised again by run()
-            self._errors.append(error)
-            self._stop.set()
+        worker = self._make_worker()
+        while (batch := self._next()) is not None:
+            for stream in batch.streams:
+                if self._team.stopped.is_set():
+                    return
+                worker.move(stream)
+            self._done(batch)
 
     def _next(self) -> Batch | None:
         with self._lock:
-            if not self._waiting or self._stop.is_set():
+            if not self._waiting or self._team.stopped.is_set():
                 return None
             places = range(len(self._waiting) - 1, -1, -1)
             place = next((k for k in places if self._waiting[k].file not in self._active), len(self._waiting) - 1)

@@ -153,12 +153,13 @@ def test_the_plan_of_an_import(layout: Layout, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_plan_can_be_asked_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"chunk_for": "tp=2"}], ids=["", "cut for a job"])
+def test_a_plan_can_be_asked_for(options: dict[str, str], tmp_path: Path) -> None:
     Tiny().write(tmp_path / "hf")
     before = sorted(tmp_path.rglob("*"))
-    report = shardway.plan(tmp_path / "hf")
+    report = shardway.plan(tmp_path / "hf", **options)
     assert report.feasible
-    shardway.import_hf(tmp_path / "hf", tmp_path / "out", fsync=False)
+    shardway.import_hf(tmp_path / "hf", tmp_path / "out", fsync=False, **options)  # type: ignore[arg-type]
     folder = tmp_path / "out/iter_0000000"
     for name, num_bytes in report.writes.items():
         assert (folder / name).stat().st_size == num_bytes
