@@ -331,8 +331,8 @@ def prepare_export(checkpoint: TorchDistCheckpoint, hf: Path | None, target: Pat
     hf_config = HFConfig(config, str(companions / CONFIG_FILE))
     keys = checkpoint.catalog.tensors
     variants = variants_in(hf_config, mcore=keys, recorded=record.variants if record else None)
-    known = itertools.chain(keys, checkpoint.places)
-    mapping = map_model(hf_config, layout_of(keys), variants=variants, known=known)
+    names = itertools.chain(keys, checkpoint.places)
+    mapping = map_model(hf_config, layout_of(keys), variants=variants, known=names)
     known = record.copies if record else mapping.restored
     copies = {name: of for name, of in known.items() if mapping.aliases.get(name) == of}
     narrowed = record.dtypes if record else {}

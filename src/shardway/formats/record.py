@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shardway.core.errors import Code, Problem, ShardwayError
@@ -90,9 +91,6 @@ class Record:
         """The bytes of ``shardway.json`` piece by piece."""
         import xxhash
 
-        chunks: dict[str, dict[str, str]] = {}
-        for tensor, start in sorted(self.digests):
-            chunks.setdefault(tensor, {})[".".join(map(str, start))] = self.digests[tensor, start]
         document = {
             "format": _VERSION,
             "written_by": self.written_by,
@@ -110,13 +108,14 @@ class Record:
                 "files": {
                     name: {"bytes": size, "digest": digest} for name, (size, digest) in sorted(self.files.items())
                 },
-                "chunks": chunks,
+                "chunks": {},
             },
             "digest": _BLANK,
         }
+        before, key, after = json.dumps(document, indent=1).rpartition('"chunks": {')
         hasher = xxhash.xxh3_128()
         waiting = bytearray()
-        for text in itertools.chain(json.JSONEncoder(indent=1).iterencode(document), "\n"):
+        for text in itertools.chain((before, key), _listed(self.digests), (after, "\n")):
             waiting += text.encode()
             if len(waiting) > _PART_BYTES:
                 part = bytes(waiting[:-_TAIL_BYTES])
@@ -183,6 +182,18 @@ def _parse(document: dict[str, Any]) -> Record:
             name: FileDigest(_size(file["bytes"]), _text(file["digest"])) for name, file in digests["files"].items()
         },
     )
+
+
+def _listed(digests: ChunkDigests) -> Iterator[str]:
+    """The entries of ``chunks`` as they stand between its braces, tensor by tensor."""
+    comma = ""
+    for tensor, places in itertools.groupby(sorted(digests), key=itemgetter(0)):
+        chunks = {".".join(map(str, start)): digests[tensor, start] for _, start in places}
+        entry = json.dumps({tensor: chunks}, indent=1)[1:-2]
+        yield comma + entry.replace("\n", "\n  ")
+        comma = ","
+    if comma:
+        yield "\n  "
 
 
 def _chunk_digests(listed: dict[str, dict[str, str]]) -> ChunkDigests:

@@ -121,7 +121,7 @@ def plan_import(
         direction=Direction.IMPORT,
         hf=source.catalog,
         mcore=catalog,
-        streams=build_streams(mapping.tiles, source.catalog.tensors, catalog.tensors, laid.blob_offsets),
+        streams=build_streams(mapping.tiles, source.catalog.tensors, catalog.tensors, laid.blob_offset),
         targets=tuple(laid.targets),
         small_files=small_files,
         copied_files=tuple(copied.items()),

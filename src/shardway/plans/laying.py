@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -45,17 +46,25 @@ class Laid:
 
     Attributes:
         chunks: By key.
-        blob_offsets: Where the blobs of those chunks start, by key.
-        blob_bytes: Their sizes, by key.
         targets: The files.
         objects: Where each object is.
+        edges: By file, where the blobs of chunks start, one after the other, and where the last one ends.
     """
 
     chunks: dict[str, list[Chunk]] = field(default_factory=dict)
-    blob_offsets: dict[str, array[int]] = field(default_factory=dict)
-    blob_bytes: dict[str, array[int]] = field(default_factory=dict)
     targets: list[TargetFile] = field(default_factory=list)
     objects: list[DcpLocation] = field(default_factory=list)
+    edges: dict[str, array[int]] = field(default_factory=dict)
+
+    def blob(self, chunk: Chunk) -> tuple[int, int]:
+        """Where the blob of a chunk starts in its file, and its size in bytes."""
+        edges = self.edges[chunk.file]
+        past = bisect_right(edges, chunk.offset)
+        return edges[past - 1], edges[past] - edges[past - 1]
+
+    def blob_offset(self, chunk: Chunk) -> int:
+        """Where the blob of a chunk starts in its file."""
+        return self.blob(chunk)[0]
 
 
 class Described(Mapping[str, DcpTensor]):
@@ -72,9 +81,8 @@ class Described(Mapping[str, DcpTensor]):
 
     def __getitem__(self, key: str) -> DcpTensor:
         _, dtype, shape, chunks = self._tensors[key]
-        blobs = zip(chunks, self._laid.blob_offsets.get(key, ()), self._laid.blob_bytes.get(key, ()), strict=True)
-        found = (DcpChunk(c.start, c.size, DcpLocation(c.file, at, num_bytes)) for c, at, num_bytes in blobs)
-        return DcpTensor(dtype, shape, tuple(found))
+        blob = self._laid.blob
+        return DcpTensor(dtype, shape, tuple(DcpChunk(c.start, c.size, DcpLocation(c.file, *blob(c))) for c in chunks))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -102,18 +110,21 @@ def lay_out(blobs: Sequence[Blob], objects: Sequence[bytes], max_file_bytes: int
         literals = (*literals, (at, contents))
         at += len(contents)
     last = 0
+    edges = laid.edges[name] = array("Q")
     sizes = [blob.box.num_elements * blob.dtype.itemsize for blob in blobs]
     for number, (key, box, dtype, align, phase) in zip(assign_files(sizes, max_file_bytes), blobs, strict=True):
         head, length = tensor_blob_extent(dtype, box.size, offset=at, align=align, phase=phase)
         if number != last or (at and at + length > max_file_bytes):
             laid.targets.append(TargetFile(name, at, literals))
+            edges.append(at)
             name, at, literals, last = _file_name(len(laid.targets)), 0, (), number
+            edges = laid.edges[name] = array("Q")
             head, length = tensor_blob_extent(dtype, box.size, offset=at, align=align, phase=phase)
         chunk = Chunk(box.start, box.size, name, at + head)
         laid.chunks.setdefault(key, []).append(chunk)
-        laid.blob_offsets.setdefault(key, array("Q")).append(at)
-        laid.blob_bytes.setdefault(key, array("Q")).append(length)
+        edges.append(at)
         at += length
+    edges.append(at)
     laid.targets.append(TargetFile(name, at, literals))
     return laid
 

@@ -132,7 +132,7 @@ def plan_migration(
         direction=Direction.IMPORT,
         hf=Catalog(root=source.catalog.root, tensors=stored),
         mcore=catalog,
-        streams=build_streams(relaid.tiles, stored, tensors, laid.blob_offsets),
+        streams=build_streams(relaid.tiles, stored, tensors, laid.blob_offset),
         targets=tuple(laid.targets),
         small_files=small_files,
         copied_files=tuple((name, name) for name in others),

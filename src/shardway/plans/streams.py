@@ -16,7 +16,7 @@ from shardway.plans.combs import keep_whole
 from shardway.plans.model import Piece, Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from shardway.core.dtypes import DType
     from shardway.core.tensors import Chunk, Shape, StoredTensor
@@ -64,7 +64,7 @@ def build_streams(
     tiles: Iterable[Tile],
     hf: Mapping[str, StoredTensor],
     mcore: Mapping[str, StoredTensor],
-    blob_offsets: Mapping[str, Sequence[int]] | None = None,
+    blob_offset: Callable[[Chunk], int] | None = None,
 ) -> Streams:
     """Cut tiles into streams.
 
@@ -72,7 +72,7 @@ def build_streams(
         tiles: The mosaic; tiles of tensors that `mcore` lacks are left out.
         hf: The tensors of the Hugging Face side; their chunks cover them exactly once.
         mcore: The tensors of the Megatron side; likewise.
-        blob_offsets: Where the blobs of each tensor of `mcore` start that is to be written, in the order of its chunks.
+        blob_offset: Where the blob of a chunk of `mcore` starts in its file, if it is to be written.
 
     Returns:
         Streams that together hold every element of every tensor in `mcore` once, ordered by file and offset.
@@ -80,19 +80,16 @@ def build_streams(
     on: dict[str, list[Tile]] = {}
     for tile in tiles:
         on.setdefault(tile.mcore.tensor, []).append(tile)
-    table = _Table(hf)
+    table = _Table(hf, blob_offset)
     for name, tensor in mcore.items():
         strides = row_major_strides(tensor.shape)
         on_it = on.pop(name, [])
         found = slabs(tensor)
-        if blob_offsets is None:
+        if blob_offset is None:
             found = _with_whole_combs(found, on_it, hf, tensor.shape)
         waiting = sorted(((*span(_box(tile), strides), k, tile) for k, tile in enumerate(on_it)), reverse=True)
         live: list[tuple[int, int]] = []
         table.tensors.append(tensor)
-        starts: dict[tuple[str, int], int] = {}
-        if blob_offsets is not None:
-            starts = {(c.file, c.offset): at for c, at in zip(tensor.chunks, blob_offsets.get(name, ()), strict=True)}
         for box, chunks in found:
             first, last = span(box, strides)
             live = [(end, number) for end, number in live if end >= first]
@@ -101,7 +98,7 @@ def build_streams(
                 if end >= first:
                     live.append((end, len(table.tiles)))
                     table.tiles.append(tile)
-            table.add(chunks, [number for _, number in live], starts)
+            table.add(chunks, [number for _, number in live])
     return Streams(table, array("I", sorted(range(len(table)), key=table.place)))
 
 
@@ -110,15 +107,16 @@ class _Table:
 
     Args:
         hf: The tensors of the Hugging Face side.
+        blob_offset: Where the blob of a chunk starts, if chunks are to be written.
     """
 
-    def __init__(self, hf: Mapping[str, StoredTensor]) -> None:
+    def __init__(self, hf: Mapping[str, StoredTensor], blob_offset: Callable[[Chunk], int] | None) -> None:
         self.tensors: list[StoredTensor] = []
         self.tiles: list[Tile] = []
         self._hf = hf
         self._finders = {name: _ChunkFinder(tensor) for name, tensor in hf.items() if len(tensor.chunks) > 1}
+        self._blob_offset = blob_offset
         self._chunks: list[Chunk] = []
-        self._blob_offsets = array("Q")  # one for each chunk, if any
         self._tile_numbers = array("I")
         # For each stream, the number of its tensor, and how many chunks and numbers of tiles are those of it or before.
         self._tensor_numbers = array("I")
@@ -133,13 +131,9 @@ class _Table:
         chunk = self._chunks[self._past_chunk[number - 1] if number else 0]
         return chunk.file, chunk.offset
 
-    def add(
-        self, chunks: tuple[Chunk, ...], tile_numbers: Iterable[int], blob_offsets: Mapping[tuple[str, int], int]
-    ) -> None:
-        """Add a stream of the last tensor: its chunks, the tiles that may reach into it, and where blobs start."""
+    def add(self, chunks: tuple[Chunk, ...], tile_numbers: Iterable[int]) -> None:
+        """Add a stream of the last tensor: its chunks, and the tiles that may reach into it."""
         self._chunks += chunks
-        if blob_offsets:
-            self._blob_offsets.extend(blob_offsets[chunk.file, chunk.offset] for chunk in chunks)
         self._tile_numbers.extend(tile_numbers)
         self._tensor_numbers.append(len(self.tensors) - 1)
         self._past_chunk.append(len(self._chunks))
@@ -158,7 +152,8 @@ class _Table:
                     pieces.append(Piece(cut, source.chunks[0]))
                 else:
                     pieces += self._finders[cut.hf.tensor].pieces(cut)
-        return Stream(tensor.name, tensor.dtype, box, chunks, tuple(pieces), tuple(self._blob_offsets[begin:end]))
+        blob_offsets = () if self._blob_offset is None else tuple(map(self._blob_offset, chunks))
+        return Stream(tensor.name, tensor.dtype, box, chunks, tuple(pieces), blob_offsets)
 
 
 class Streams(Sequence[Stream]):
