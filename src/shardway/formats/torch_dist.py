@@ -162,6 +162,7 @@ def _open(root: Path, wanted: Callable[[str], bool] | None) -> TorchDistCheckpoi
     common, form = _read_common(root, metadata)
     content = common.get("content_metadata")
     iteration, release = _iteration_of(root, common)
+    unopened = _unopened(metadata, tensors)
     return TorchDistCheckpoint(
         root=root,
         iteration=iteration,
@@ -173,7 +174,7 @@ def _open(root: Path, wanted: Callable[[str], bool] | None) -> TorchDistCheckpoi
         common_form=form,
         hf_dir=_hf_dir(root),
         files=files,
-        described={**_unopened(metadata, tensors), **tensors},
+        described={**unopened, **tensors} if unopened else tensors,
         places=metadata.objects,
     )
 
