@@ -16,7 +16,7 @@ from shardway.formats.dcp import DcpLocation
 from shardway.formats.torch_file import TensorFrame, tensor_blob_frame
 from shardway.live.blocks import Blocks, synchronise
 from shardway.live.written import WriterResult, WrittenFile, WrittenObject, WrittenShard
-from shardway.run.files import failing
+from shardway.run.files import WRITE_BYTES, failing
 from shardway.run.team import Team
 from shardway.run.writeback import Writeback
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from shardway.live.records import ObjectShard, Shard
     from shardway.live.state import LiveState
 
-_STEP_BYTES = 2**18  # hashed and then written while it is in the cache (docs/design/0003-moving-bytes.md)
+_STEP_BYTES = 2**20  # hashed and then written while it is in the cache
 
 
 class _Job(NamedTuple):
@@ -224,7 +224,7 @@ class _Output:
             return
         with failing(f"write {total:,} bytes at {self._at:,}", self._path):
             while pending:
-                done = os.pwritev(self._descriptor, pending[:_MAX_VECTORS], self._at)
+                done = os.pwritev(self._descriptor, _first(pending), self._at)
                 self._at += done
                 while pending and done >= len(pending[0]):
                     done -= len(pending.pop(0))
@@ -254,6 +254,18 @@ class _Output:
 
 
 _MAX_VECTORS = 512  # IOV_MAX is 1,024 on Linux
+
+
+def _first(views: Sequence[memoryview]) -> list[memoryview]:
+    """What one call writes of them: no more than `WRITE_BYTES`."""
+    found: list[memoryview] = []
+    left = WRITE_BYTES
+    for view in views[:_MAX_VECTORS]:
+        found.append(view[:left])
+        left -= len(found[-1])
+        if not left:
+            break
+    return found
 
 
 def _result(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP}  # some network filesystems have no fsync of a directory
-_WRITE_BYTES = 2**18  # of a call: for more at a time the kernel wants memory in pieces that are slow to come by
+WRITE_BYTES = 2**18  # of a call: for more at a time the kernel wants memory in pieces that are slow to come by
 _MOST_OPEN = 400  # on either side; a process may often open 1,024
 
 
@@ -150,7 +150,7 @@ class Files:
         done = 0
         try:
             while done < len(view):
-                part = view if len(view) <= _WRITE_BYTES and not done else memoryview(view)[done : done + _WRITE_BYTES]
+                part = view if len(view) <= WRITE_BYTES and not done else memoryview(view)[done : done + WRITE_BYTES]
                 done += os.pwrite(file.descriptor, part, offset + done)
         except OSError as error:
             raise _failure(f"write {len(view)} bytes at {offset}", self.root / name, error) from error

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from shardway.run.clone import Cloner
     from shardway.run.files import Files
 
-BUFFER_BYTES = 2**18
+BUFFER_BYTES = 2**20
 _SHORT_RUN_BYTES = 4096
 _FEW_RUNS = 64
 _WORTH_SHARING_BYTES = 2**16  # smaller chunks are not aligned for it either
