@@ -154,8 +154,9 @@ def test_an_error_while_reading_says_that_the_model_was_changed(case: str, found
     said = found[case]
     assert said is not None
     assert set(said["codes"]) == {"io-failed"}
-    assert "have been written in part" in said["text"]
-    assert "model.safetensors" in said["text"]
+    threads_that_failed = len(said["codes"])
+    assert said["text"].count("have been written in part") == threads_that_failed
+    assert said["text"].count("model.safetensors") >= threads_that_failed
 
 
 def test_what_is_good_is_loaded(found: dict[str, Any]) -> None:

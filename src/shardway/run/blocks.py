@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     Array = npt.NDArray[Any]
 
 BLOCK_BYTES = 8 * 2**20
-_COMPUTED_BYTES = 8 * 2**20
 _SCRATCH = Scratch()
 
 
@@ -78,11 +77,11 @@ def blocks_of(stream: Stream, plan: Plan | None = None) -> list[Box]:
     """The stream's slab cut into boxes of bounded size that follow each other in row-major order.
 
     Only what fills a comb (`plans.combs`) stays together whatever its size: an expert's gate and up, for one. Values
-    that are computed come in smaller blocks, which stay in the processor's cache, and fill none.
+    that are computed fill none.
     """
     quantised = plan.quantised if plan is not None else {}
     stored = [piece for piece in stream.pieces if piece.tile.hf.tensor not in quantised]
-    found = split_box(stream.box, (BLOCK_BYTES if stored else _COMPUTED_BYTES) // stream.dtype.itemsize)
+    found = split_box(stream.box, BLOCK_BYTES // stream.dtype.itemsize)
     if len(found) == 1 or not stored:
         return found
     memories = ((piece.tile, Box(piece.hf.start, piece.hf.size)) for piece in stored)
