@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import random
 import shutil
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 _MANIFEST = "manifest.json"
 _PAUSES_S = (0.05, 0.5)
-_TURNS = 40  # with the pauses between them about eight seconds, while another rank is at it
+_TURNS_S = (0, *(0.01 * 2**turn for turn in range(11)))  # between 10 and 20 s in all, while another rank is at it
 
 
 class Staging:
@@ -348,14 +349,22 @@ class SharedStaging:
         return [self.path.parent / each for each in names if each == name or each.startswith(f"{name}-")]
 
     def _take_place(self, tag: str, *, replace: bool) -> None:
-        """Return when the new directory is in its place, whoever has put it there."""
-        for turn in range(_TURNS):
-            time.sleep(0.01 * turn)  # another rank is at it: let it
+        """Return when the new directory is in its place, whoever has put it there.
+
+        What another rank has taken over is taken from it only if it still has it after a pause. Pauses double and are
+        of no fixed length, so that ranks don't go on overtaking each other, however slow the filesystem is.
+        """
+        seen = self.path
+        for pause in _TURNS_S:
+            time.sleep(pause * random.uniform(0.5, 1))  # noqa: S311 - no secret
             staged = self._staged()
             new = next((each for each in staged if self._marked(each, tag).is_dir()), None)
             if new is None:
                 if staged == self._staged() and self.destination.is_dir():
                     return
+                continue
+            if new not in (self.path, seen):
+                seen = new
                 continue
             own = self.path.with_name(f"{self.path.name}-{os.urandom(4).hex()}")
             with contextlib.suppress(FileNotFoundError):  # taken over by another rank

@@ -8,6 +8,7 @@ import errno
 import functools
 import itertools
 import os
+import random
 import shutil
 import struct
 import threading
@@ -153,6 +154,13 @@ def pulses(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Pulse]]:
         pulse.stop()
 
 
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For ranks that take turns; those that really run at once need the pauses that they make."""
+    pause = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: pause(seconds / 1000))
+
+
 @pytest.fixture(params=["new", "replace", "replace without exchange"])
 def attempt(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -165,8 +173,6 @@ def attempt(
                 pass
 
         monkeypatch.setattr(ctypes, "CDLL", Library)
-    pause = time.sleep
-    monkeypatch.setattr(time, "sleep", lambda seconds: pause(seconds / 1000))
     template = tmp_path / "template"
     replace = request.param != "new"
     if replace:
@@ -187,6 +193,7 @@ def attempt(
     return make
 
 
+@pytest.mark.usefixtures("short_pauses")
 def test_finishing_twice_is_finishing_once(attempt: Callable[[], IterationFolder]) -> None:
     folder = attempt()
     finish(folder)
@@ -199,6 +206,7 @@ def test_finishing_twice_is_finishing_once(attempt: Callable[[], IterationFolder
     check(folder.root, 1.0)
 
 
+@pytest.mark.usefixtures("short_pauses")
 def test_killed_at_any_step_another_rank_finishes(attempt: Callable[[], IterationFolder]) -> None:
     for number in itertools.count():
         folder = attempt()
@@ -213,6 +221,7 @@ def test_killed_at_any_step_another_rank_finishes(attempt: Callable[[], Iteratio
     assert number > 10
 
 
+@pytest.mark.usefixtures("short_pauses")
 def test_overtaken_at_any_step_it_is_finished_once(attempt: Callable[[], IterationFolder]) -> None:
     """A second rank does all of it between any two steps of the first, or is killed on its way, and a third does."""
     for number in itertools.count():
@@ -245,6 +254,7 @@ def test_overtaken_at_any_step_it_is_finished_once(attempt: Callable[[], Iterati
     assert number > 10
 
 
+@pytest.mark.usefixtures("short_pauses")
 def test_overtaken_twice(attempt: Callable[[], IterationFolder]) -> None:
     """By two ranks one after the other; the last may find nothing, as long as the first pauses in between."""
     for first in itertools.count():
@@ -273,28 +283,53 @@ def _each(*hooks: Callable[[], None]) -> None:
         hook()
 
 
+def finish_at_once(folder: IterationFolder) -> None:
+    """Finish it by four ranks, all of which succeed."""
+    errors: list[BaseException] = []
+    start = threading.Barrier(4)
+
+    def run() -> None:
+        start.wait()
+        try:
+            finish(folder)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    check(folder.root, 1.0)
+
+
 def test_many_finish_at_once(attempt: Callable[[], IterationFolder]) -> None:
     for _ in range(20):
-        folder = attempt()
-        errors: list[BaseException] = []
-        start = threading.Barrier(4)
+        finish_at_once(attempt())
 
-        def run(
-            folder: IterationFolder = folder, start: threading.Barrier = start, errors: list[BaseException] = errors
-        ) -> None:
-            start.wait()
-            try:
-                finish(folder)
-            except BaseException as error:
-                errors.append(error)
 
-        threads = [threading.Thread(target=run) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert errors == []
-        check(folder.root, 1.0)
+def test_on_a_slow_filesystem_ranks_let_each_other_finish(
+    attempt: Callable[[], IterationFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks that took the folder from each other as soon as they see it would never end, where all of them are slow."""
+    folder = attempt()
+    taken: list[str] = []
+
+    def slow(real: Callable[..., Any]) -> Callable[..., Any]:
+        def instead(*args: Any, **kwargs: Any) -> Any:
+            time.sleep(random.uniform(0.02, 0.04))
+            result = real(*args, **kwargs)
+            if os.path.basename(args[-1]).startswith(f".{ROOT[0]}.shardway-live-{STAGING}-"):
+                taken.append(args[-1])
+            return result
+
+        return instead
+
+    monkeypatch.setattr(os, "rename", slow(os.rename))
+    monkeypatch.setattr(os, "listdir", slow(os.listdir))
+    finish_at_once(folder)
+    assert len(taken) < 20  # 6 to 11 are usual; 25 to 42 where nobody waits
 
 
 def test_a_rank_shows_in_the_staging_folder_that_it_is_alive(tmp_path: Path, pulses: list[Pulse]) -> None:
