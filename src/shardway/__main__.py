@@ -1,7 +1,5 @@
 """`python -m shardway` is the `shardway` command."""
 
-import sys
+from shardway.cli.main import program
 
-from shardway.cli.main import main
-
-sys.exit(main())
+program()

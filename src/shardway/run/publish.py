@@ -10,7 +10,6 @@ import contextlib
 import errno
 import json
 import os
-import random
 import shutil
 import time
 from pathlib import Path
@@ -356,7 +355,7 @@ class SharedStaging:
         """
         seen = self.path
         for pause in _TURNS_S:
-            time.sleep(pause * random.uniform(0.5, 1))  # noqa: S311 - no secret
+            time.sleep(pause * (256 + os.urandom(1)[0]) / 512)
             staged = self._staged()
             new = next((each for each in staged if self._marked(each, tag).is_dir()), None)
             if new is None:
