@@ -76,7 +76,11 @@ def targets(folder: Path) -> dict[str, Target]:
         3: b"bytes",
         (1, "c"): frozenset("d"),
     }
-    values = {"a": [1, -(2**40), 2.5, None, True], "b": ("x", {}), "c": SavedTensor(BFLOAT16, (2,), bytes(4))}
+    values: dict[str, object] = {
+        "a": [1, -(2**40), 2.5, None, True],
+        "b": ("x", {}),
+        "c": SavedTensor(BFLOAT16, (2,), bytes(4)),
+    }
 
     def safetensors(data: bytes) -> None:
         read_safetensors(scratch.fill(data))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from typing import TYPE_CHECKING
@@ -168,9 +167,7 @@ def _push(chosen: argparse.Namespace) -> PushReport:
         )
     except ShardwayError as error:
         done = f"the export is whole, at {chosen.destination}; with --if-exists reuse only the push is done again"
-        raise ShardwayError(
-            dataclasses.replace(problem, facts=(*problem.facts, done)) for problem in error.problems
-        ) from error
+        raise ShardwayError(problem._replace(facts=(*problem.facts, done)) for problem in error.problems) from error
 
 
 def _print_conversion(

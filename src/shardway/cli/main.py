@@ -33,7 +33,7 @@ exit status: 0 success, 1 an error or a difference (the message says what), 2 wr
 def program() -> NoReturn:
     """The whole process: run the command, and exit with its status.
 
-    The interpreter isn't taken apart first, which would take some 50 ms to free memory that the system takes back anyway.
+    The interpreter isn't taken apart first, which would take some 50 ms to free memory one piece after the other.
     """
     status = main()
     try:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.convert.options import IfExists
 from shardway.convert.turns import inode, was_published
@@ -35,8 +34,7 @@ class Settled(enum.Enum):
     WHOLE = "what was asked for"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class Wanted(NamedTuple):
     """What an import is to make.
 
     Attributes:
@@ -125,18 +123,18 @@ class Wanted:
         return latest is not None and self.iteration is not None and latest < self.iteration
 
 
-@dataclass(slots=True)
 class Awaited:
     """Whether another process has by now made what is wanted; looks inside only when something has changed.
 
-    Attributes:
+    Args:
         wanted: What it is.
         old: Inode of what was there before and is to be replaced; None for nothing.
     """
 
-    wanted: Wanted
-    old: int | None
-    _looked_at: tuple[int | None, bytes] = field(default=(None, b""), init=False)
+    def __init__(self, wanted: Wanted, old: int | None) -> None:
+        self.wanted = wanted
+        self.old = old
+        self._looked_at: tuple[int | None, bytes] = (None, b"")
 
     def __call__(self) -> bool:
         """Look."""

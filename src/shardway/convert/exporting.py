@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import math
 import time
@@ -137,7 +136,7 @@ def export_hf(
         verified=verify and not reuse,
         notes=(*plan.notes, *exactness_notes(losses.exactness)),
         left_out=job.left_out,
-        requantised=dataclasses.asdict(losses.exactness) if losses.exactness.num_tensors else None,
+        requantised=losses.exactness._asdict() if losses.exactness.num_tensors else None,
     )
 
 
@@ -312,7 +311,7 @@ def prepare_export(checkpoint: TorchDistCheckpoint, hf: Path | None, target: Pat
             not as it was written, and what `model_state`, `map_model` and `plan_export` raise.
     """
     state = model_state(checkpoint, options.weights)
-    checkpoint = dataclasses.replace(checkpoint, catalog=state.catalog)
+    checkpoint = checkpoint._replace(catalog=state.catalog)
     companions = hf or checkpoint.hf_dir
     restored = None
     used: Collection[str] = ()
@@ -338,10 +337,10 @@ def prepare_export(checkpoint: TorchDistCheckpoint, hf: Path | None, target: Pat
     narrowed = record.dtypes if record else {}
     quantised = record.quantised if record else {}
     plan = plan_export(state.catalog, mapping, config, copied, copies, narrowed, quantised, target, options)
-    plan = dataclasses.replace(plan, notes=plan.notes + state.notes)
+    plan = plan._replace(notes=plan.notes + state.notes)
     if restored is not None:
         small = {CONFIG_FILE: config_json(config), **plan.small_files}
-        plan = dataclasses.replace(plan, small_files=small, notes=(restored.note, *plan.notes))
+        plan = plan._replace(small_files=small, notes=(restored.note, *plan.notes))
     digests = state.digests(record.digests) if record else {}
     return ExportJob(plan, mapping, companions, digests, state.left_out, state.passed_over)
 
@@ -396,7 +395,7 @@ def _why_not_reusable(
     if wanted != {name: (tensor.dtype, tensor.shape) for name, tensor in found.tensors.items()}:
         return "its tensors have other names, dtypes or shapes"
     tiles = [piece.tile for stream in plan.streams for piece in stream.pieces]
-    compared = dataclasses.replace(plan, hf=found, streams=build_streams(tiles, found.tensors, plan.mcore.tensors))
+    compared = plan._replace(hf=found, streams=build_streams(tiles, found.tensors, plan.mcore.tensors))
     differences, damaged = compare_streams(compared, num_workers, progress)
     changed = len(differences) + len(damaged)
     if plan.requantised is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -148,7 +147,7 @@ def import_hf(
 
         with open_hub(str(source), revision, keep=keep_source) as hub:
             report = _import(hub.root, hub, root, options, _Names(chosen, names), running)
-    return dataclasses.replace(report, source=str(source), seconds=time.perf_counter() - began)
+    return report._replace(source=str(source), seconds=time.perf_counter() - began)
 
 
 def _import(
@@ -187,8 +186,7 @@ def _import(
     notes = (*(hub.notes if hub is not None else ()), *plan.notes, *made.notes)
     if made.resumed and plan.shifts:
         notes = (*notes, "values that were rounded in files of the earlier run are not counted here")
-    return dataclasses.replace(
-        job.planned,
+    return job.planned._replace(
         reused=made.reused,
         resumed=made.resumed,
         verified=running.verify and not made.reused,

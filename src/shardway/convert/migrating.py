@@ -258,9 +258,7 @@ def _record(source: str, record: Record | None, migration: Migration, options: M
         return Record(
             written_by=f"shardway {__version__}", family=None, architecture=None, source=source, options=chosen
         )
-    return dataclasses.replace(
-        record, written_by=f"shardway {__version__}", source=source, options=chosen, digests={}, files={}
-    )
+    return record._replace(written_by=f"shardway {__version__}", source=source, options=chosen, digests={}, files={})
 
 
 def _check_digests(expected: ChunkDigests, found: ChunkDigests, checkpoint: TorchDistCheckpoint) -> None:

@@ -71,8 +71,10 @@ class PlanReport:
     def to_dict(self) -> dict[str, object]:
         """The report as JSON-ready data."""
         document = dataclasses.asdict(self)
-        for problem in document["problems"]:
-            problem["file"] = None if problem["file"] is None else str(problem["file"])
+        document["problems"] = [
+            problem._asdict() | {"file": None if problem.file is None else str(problem.file)}
+            for problem in self.problems
+        ]
         return document
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ConversionReport:
+class ConversionReport(NamedTuple):
     """What a conversion did.
 
     Attributes:
@@ -51,10 +52,10 @@ class ConversionReport:
     resumed: int
     verified: bool
     notes: tuple[str, ...]
-    dequantised: dict[str, int] = dataclasses.field(default_factory=dict)
-    requantised: dict[str, int | float | str] | None = None
+    dequantised: Mapping[str, int] = {}
+    requantised: Mapping[str, int | float | str] | None = None
     left_out: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         """The report as JSON-ready data."""
-        return dataclasses.asdict(self)
+        return self._asdict()

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from shardway.core.errors import Code, Problem, ShardwayError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
 
 
-@dataclass(frozen=True, slots=True)
 class DType:
-    """An element type.
+    """An element type; there is one of each, also after a copy or a pickle.
 
     Attributes:
         name: torch's name, such as ``"bfloat16"``.
@@ -25,12 +25,29 @@ class DType:
         numpy_name: The name that numpy with ml_dtypes knows it by, or None where there is no array form.
     """
 
-    name: str
-    bits: int
-    safetensors: str | None
-    storage: str | None
-    floating: bool
-    numpy_name: str | None
+    __slots__ = ("bits", "floating", "name", "numpy_name", "safetensors", "storage")
+
+    def __init__(
+        self,
+        name: str,
+        bits: int,
+        safetensors: str | None,
+        storage: str | None,
+        floating: bool,
+        numpy_name: str | None,
+    ) -> None:
+        self.name = name
+        self.bits = bits
+        self.safetensors = safetensors
+        self.storage = storage
+        self.floating = floating
+        self.numpy_name = numpy_name
+
+    def __repr__(self) -> str:
+        return f"DType({self.name!r})"
+
+    def __reduce__(self) -> tuple[Callable[[str], DType], tuple[str]]:
+        return dtype_of_torch, (self.name,)
 
     def num_bytes(self, num_elements: int) -> int:
         """Bytes that `num_elements` elements take, rounded up to whole bytes."""

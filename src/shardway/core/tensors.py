@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -50,8 +49,7 @@ class StoredTensor(NamedTuple):
         return self.dtype.num_bytes(math.prod(self.shape))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Catalog:
+class Catalog(NamedTuple):
     """The tensors of a checkpoint, by name, with the directory that their chunks' file names are relative to."""
 
     root: Path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from shardway.core.errors import Code, Problem, ShardwayError
@@ -16,7 +15,6 @@ _FEW = 1000
 _CLASS = re.compile(r"\w{1,200}")
 
 
-@dataclass(frozen=True, slots=True)
 class HFConfig:
     """A config.json as read, with look-ups that accept the spellings of transformers 4 and 5.
 
@@ -25,8 +23,11 @@ class HFConfig:
         file: Where it came from, for error messages.
     """
 
-    values: Mapping[str, object]
-    file: str = "config.json"
+    __slots__ = ("file", "values")
+
+    def __init__(self, values: Mapping[str, object], file: str = "config.json") -> None:
+        self.values = values
+        self.file = file
 
     @property
     def architecture(self) -> str:

@@ -10,7 +10,6 @@ code of nvidia/Llama-3_3-Nemotron-Super-49B-v1.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from shardway.families import gqa
@@ -27,7 +26,7 @@ _HF = "model.layers.{i}"
 
 _RULES = (
     gqa.EMBEDDINGS[0],
-    *(replace(rule, when=f"attention {rule.when}".strip()) for rule in gqa.ATTENTION),
+    *(rule._replace(when=f"attention {rule.when}".strip()) for rule in gqa.ATTENTION),
     Rule(
         f"{_AT}.self_attention.layer_norm_weight", same(f"{_HF}.input_layernorm.weight", "H"), when="linear_attention"
     ),
@@ -36,7 +35,7 @@ _RULES = (
         same(f"{_HF}.self_attn.linear_attn.weight", "H", "H"),
         when="linear_attention",
     ),
-    *(replace(rule, when=f"mlp {rule.when}".strip()) for rule in gqa.GATED_MLP),
+    *(rule._replace(when=f"mlp {rule.when}".strip()) for rule in gqa.GATED_MLP),
     Rule(f"{_AT}.mlp.layer_norm_weight", same(f"{_HF}.post_attention_layernorm.weight", "H"), when="linear_mlp"),
     Rule(f"{_AT}.mlp.weight", same(f"{_HF}.mlp.linear_mlp.weight", "H", "H"), when="linear_mlp"),
     *gqa.EMBEDDINGS[1:],

@@ -8,7 +8,6 @@ Source: transformers `modeling_deepseek_v2.py`, `modeling_deepseek_v3.py` (5.24)
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from shardway.families import gqa, mla, moe
@@ -140,8 +139,7 @@ DEEPSEEK_V3 = Family(
 )
 
 # What a Megatron config says of such a model, DeepSeek-V3 says too, so that is what a checkpoint alone becomes.
-KIMI_K2 = replace(
-    DEEPSEEK_V3,
+KIMI_K2 = DEEPSEEK_V3._replace(
     name="kimi_k2",
     architectures=("KimiK2ForCausalLM",),
     restore=None,
@@ -149,15 +147,14 @@ KIMI_K2 = replace(
     constants={**DEEPSEEK_V3.constants, "moe_aux_loss_coeff": 1e-3},
 )
 
-DEEPSEEK_V2 = replace(
-    DEEPSEEK_V3,
+DEEPSEEK_V2 = DEEPSEEK_V3._replace(
     name="deepseek_v2",
     architectures=("DeepseekV2ForCausalLM",),
     rules=(gqa.EMBEDDINGS[0], *_LAYER, *gqa.EMBEDDINGS[1:]),
     flags={**DEEPSEEK_V3.flags, "expert_bias": False},
     variants=(moe.PACKED, mla.TE),
     aliases=(gqa.TIED_HEAD,),
-    provider=replace(mla.PROVIDER, vocabulary_multiple=3200),
+    provider=mla.PROVIDER._replace(vocabulary_multiple=3200),
     restore=_restore_v2,
     fields=(
         *FIELDS,

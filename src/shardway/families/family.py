@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -34,8 +33,7 @@ _DIMENSIONS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Field:
+class Field(NamedTuple):
     """A config value that both sides have, under two names.
 
     Attributes:
@@ -49,8 +47,7 @@ class Field:
     default: int | float | bool | str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layer:
+class Layer(NamedTuple):
     """What is particular about one layer.
 
     Attributes:
@@ -60,12 +57,11 @@ class Layer:
     """
 
     kinds: frozenset[str] = frozenset()
-    dims: Dims = field(default_factory=dict)
-    names: Mapping[str, int] = field(default_factory=dict)
+    dims: Mapping[str, int] = {}
+    names: Mapping[str, int] = {}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Variant:
+class Variant(NamedTuple):
     """A flag that the names of the tensors decide, where one model comes in several forms.
 
     Attributes:
@@ -81,8 +77,7 @@ class Variant:
     default: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Alias:
+class Alias(NamedTuple):
     """A Hugging Face tensor that may be present as an exact copy of another one, which alone Megatron stores.
 
     Attributes:
@@ -98,8 +93,7 @@ class Alias:
     restored: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Provider:
+class Provider(NamedTuple):
     """What Megatron Bridge builds a model of the family with, beside the fields of megatron-core's config.
 
     Attributes:
@@ -112,10 +106,10 @@ class Provider:
     """
 
     target: str = "megatron.bridge.models.gpt_provider.GPTModelProvider"
-    fields: Mapping[str, object] = field(default_factory=dict)
+    fields: Mapping[str, object] = {}
     vocabulary_multiple: int | None = None
     layer_spec: str = ""
-    layer_options: Mapping[str, object] = field(default_factory=lambda: {"use_transformer_engine": True})
+    layer_options: Mapping[str, object] = {"use_transformer_engine": True}
 
 
 def no_stacks(_: HFConfig, __: Dims) -> dict[str, Sequence[Layer]]:
@@ -123,8 +117,7 @@ def no_stacks(_: HFConfig, __: Dims) -> dict[str, Sequence[Layer]]:
     return {}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
+class Family(NamedTuple):
     """How the checkpoints of some architectures translate, as data.
 
     Attributes:
@@ -158,6 +151,9 @@ class Family:
     rules: tuple[Rule, ...]
     dims: Callable[[HFConfig], dict[str, int]]
     flags: Flags
+    constants: Mapping[str, object]
+    derived: Callable[[HFConfig], dict[str, object]]
+    caveats: Callable[[HFConfig], list[str]]
     stacks: Callable[[HFConfig, Dims], Mapping[str, Sequence[Layer]]] = no_stacks
     kinds: tuple[str, ...] = ()
     per_layer: bool = False
@@ -166,12 +162,9 @@ class Family:
     extra_state: tuple[str, ...] = ()
     tied_by_default: bool = False
     provider: Provider = Provider()
-    hf_keys: Mapping[str, str] = field(default_factory=dict)
+    hf_keys: Mapping[str, str] = {}
     restore: Callable[[Mapping[str, object]], dict[str, object]] | None = None
     fields: tuple[Field, ...] = ()
-    constants: Mapping[str, object]
-    derived: Callable[[HFConfig], dict[str, object]]
-    caveats: Callable[[HFConfig], list[str]]
     ignored: tuple[str, ...] = ()
 
     def layers_of(self, config: HFConfig, dims: Dims) -> dict[str, Sequence[Layer]]:

@@ -7,7 +7,6 @@ Source: transformers `modeling_glm4_moe_lite.py`, `modeling_glm_moe_dsa.py` (5.2
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from shardway.families import deepseek, gqa, mla, moe
@@ -39,12 +38,11 @@ def _restore(fields: Mapping[str, object]) -> dict[str, object]:
     return deepseek.restore(fields) | {"mlp_layer_types": ["sparse" if moe else "dense" for moe in listed] or None}
 
 
-GLM4_MOE_LITE = replace(
-    deepseek.DEEPSEEK_V3,
+GLM4_MOE_LITE = deepseek.DEEPSEEK_V3._replace(
     name="glm4_moe_lite",
     architectures=("Glm4MoeLiteForCausalLM",),
     stacks=_stacks,
-    provider=replace(mla.PROVIDER, fields=mla.FUSIONS, vocabulary_multiple=None),
+    provider=mla.PROVIDER._replace(fields=mla.FUSIONS, vocabulary_multiple=None),
     restore=_restore,
     fields=(*deepseek.FIELDS, *moe.GROUP_FIELDS),
     constants={
@@ -65,10 +63,10 @@ def _dims_of_dsa(config: HFConfig) -> dict[str, int]:
 def _stacks_of_dsa(config: HFConfig, dims: Dims) -> dict[str, Sequence[Layer]]:
     stacks = mla.dense_then_moe(config, dims, dense=3)
     indexed = [
-        replace(layer, kinds=layer.kinds | {"indexer"}) if full else layer
+        layer._replace(kinds=layer.kinds | {"indexer"}) if full else layer
         for layer, full in zip(stacks["i"], _with_indexer(config, dims["L"]), strict=True)
     ]
-    return {"i": indexed, "k": [replace(layer, kinds=layer.kinds | {"indexer"}) for layer in stacks["k"]]}
+    return {"i": indexed, "k": [layer._replace(kinds=layer.kinds | {"indexer"}) for layer in stacks["k"]]}
 
 
 def _with_indexer(config: HFConfig, num_layers: int) -> list[bool]:
@@ -130,8 +128,7 @@ _LAYER = (
 # had it in the projection after it all the same.
 _FUSED_NORMS = Variant(flag="fused_norms", mcore=r"decoder\..+\.self_attention\.linear_kv_up_proj\.layer_norm_weight$")
 
-GLM_MOE_DSA = replace(
-    deepseek.DEEPSEEK_V3,
+GLM_MOE_DSA = deepseek.DEEPSEEK_V3._replace(
     name="glm_moe_dsa",
     architectures=("GlmMoeDsaForCausalLM",),
     rules=(gqa.EMBEDDINGS[0], *_LAYER, *mla.mtp(_LAYER), *gqa.EMBEDDINGS[1:]),

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.core.collector import collector_paused
 from shardway.core.errors import Code, Problem, Problems, ShardwayError
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
 _PROMISES = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelMapping:
+class ModelMapping(NamedTuple):
     """How the tensors of one model translate; complete and proven, so whatever is not in it is an error.
 
     Attributes:
@@ -78,7 +76,7 @@ class ModelMapping:
         for tile in self.tiles:
             tiles += [tile._replace(hf=tile.hf._replace(tensor=name)) for name in named.get(tile.hf.tensor, ())]
         hf = dict(self.hf) | {name: self.hf[of] for name, of in copies.items()}
-        return replace(self, tiles=tuple(tiles), hf=hf)
+        return self._replace(tiles=tuple(tiles), hf=hf)
 
 
 def variants_in(

@@ -9,18 +9,17 @@ versions call hybrid; the configs of nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.families import gqa, mamba, moe
+from shardway.families.config import HFConfig
 from shardway.families.family import Alias, Family, Field, Layer, Provider, Variant
 from shardway.families.rules import Part, Rule, only_when, qkv, renamed, same
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from shardway.families.config import HFConfig
 
 _AT = "decoder.layers.{i}"
 _HF = "backbone.layers.{i}"
@@ -195,7 +194,7 @@ def _dims(config: HFConfig) -> dict[str, int]:
     values = {**config.values, "num_hidden_layers": len(pattern)}
     if "-" not in pattern + _predicting(config)[1]:  # no layer is an MLP; megatron-core's own default
         values["intermediate_size"] = config.count("intermediate_size", 4 * config.count("hidden_size"))
-    found = gqa.dims(replace(config, values=values), config.count("attention_head_dim", 128)) | mamba.dims(
+    found = gqa.dims(HFConfig(values, config.file), config.count("attention_head_dim", 128)) | mamba.dims(
         heads=config.count("mamba_num_heads"),
         head_dim=config.count("mamba_head_dim"),
         groups=config.count("n_groups"),

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.core.boxes import Box
 from shardway.families.layout import VOCABULARY
@@ -38,8 +37,7 @@ _STACKED = re.compile(r"(?:.*\.)?decoder\.layers\.(?!\d)")
 _PREFIX = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.[a-z0-9_]+\.")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parallelism:
+class Parallelism(NamedTuple):
     """How a job divides a model among its ranks.
 
     Attributes:

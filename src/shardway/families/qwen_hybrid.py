@@ -8,11 +8,11 @@ Source: Megatron Bridge 0.7.0 (models/qwen); the modelling code of transformers 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from shardway.families import gdn, gqa, moe
 from shardway.families.bridge import GDN_SPEC
+from shardway.families.config import HFConfig
 from shardway.families.family import Family, Field, Layer, Provider, Variant
 from shardway.families.qwen import moe_layers
 from shardway.families.rules import Rule, only_when, renamed, same
@@ -20,7 +20,6 @@ from shardway.families.rules import Rule, only_when, renamed, same
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from shardway.families.config import HFConfig
     from shardway.families.family import Flags
 
 _KINDS = {"linear_attention": "delta", "full_attention": "attention"}
@@ -53,7 +52,7 @@ def _mtp(rules: Iterable[Rule]) -> tuple[Rule, ...]:
             Rule("mtp.layers.{k}.enorm.weight", same("mtp.pre_fc_norm_embedding.weight", "H")),
             Rule("mtp.layers.{k}.hnorm.weight", same("mtp.pre_fc_norm_hidden.weight", "H")),
             Rule("mtp.layers.{k}.eh_proj.weight", same("mtp.fc.weight", "H", "2*H")),
-            *(replace(rule, when=rule.when.replace("packed_experts", "packed_mtp")) for rule in layer),
+            *(rule._replace(when=rule.when.replace("packed_experts", "packed_mtp")) for rule in layer),
             Rule("mtp.layers.{k}.final_layernorm.weight", same("mtp.norm.weight", "H")),
         ),
         "mtp",
@@ -73,7 +72,7 @@ def _dims(config: HFConfig) -> dict[str, int]:
     values = dict(config.values)
     if _is_moe(config) and values.get("intermediate_size") is None:  # no layer is dense; megatron-core's own default
         values["intermediate_size"] = 4 * config.count("hidden_size")
-    found = gqa.dims(replace(config, values=values), 256) | gdn.dims(config)
+    found = gqa.dims(HFConfig(values, config.file), 256) | gdn.dims(config)
     if not _is_moe(config):
         return found
     found |= {"E": moe.num_experts(config), "Fe": config.count("moe_intermediate_size")}
@@ -224,8 +223,7 @@ QWEN3_5 = Family(
     caveats=_caveats,
 )
 
-QWEN3_5_MOE = replace(
-    QWEN3_5,
+QWEN3_5_MOE = QWEN3_5._replace(
     name="qwen3_5_moe_text",
     architectures=("Qwen3_5MoeForCausalLM",),
     fields=(*_FIELDS, *moe.FIELDS),

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.core.tiles import Side, Tile
@@ -34,8 +33,7 @@ if TYPE_CHECKING:
 _COUNTS = {"[e]": "E"}
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """What one Hugging Face tensor supplies of a Megatron tensor.
 
     Attributes:
@@ -49,8 +47,7 @@ class Part:
     mcore_axes: str
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
+class Rule(NamedTuple):
     """One Megatron tensor and the Hugging Face tensors that it is made of.
 
     Attributes:
@@ -139,7 +136,7 @@ def fused_qkv(hf: str, *, trailing: tuple[str, ...] = ()) -> tuple[Part, ...]:
 
 def only_when(rules: Iterable[Rule], when: str) -> tuple[Rule, ...]:
     """The same rules where `when` has to hold besides."""
-    return tuple(replace(rule, when=f"{when} {rule.when}".strip()) for rule in rules)
+    return tuple(rule._replace(when=f"{when} {rule.when}".strip()) for rule in rules)
 
 
 def renamed(
@@ -190,8 +187,7 @@ class Grid(NamedTuple):
     mcore_index: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Expanded:
+class Expanded(NamedTuple):
     """The parts of a rule with their extents known.
 
     Attributes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from shardway.core.collector import collector_paused
@@ -49,8 +48,7 @@ class DcpTensor(NamedTuple):
     chunks: tuple[DcpChunk, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DcpMetadata:
+class DcpMetadata(NamedTuple):
     """What a ``.metadata`` file says.
 
     Attributes:
@@ -60,7 +58,7 @@ class DcpMetadata:
     """
 
     tensors: Mapping[str, DcpTensor]
-    objects: Mapping[str, DcpLocation] = field(default_factory=dict)
+    objects: Mapping[str, DcpLocation] = {}
     version: str | None = None
 
 

@@ -5,12 +5,10 @@ Source: transformers 5.12 (`_get_resolved_checkpoint_files` in modeling_utils.py
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import stat
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.core.errors import Code, Problem, Problems, ShardwayError
 from shardway.core.tensors import Catalog, StoredTensor
@@ -62,8 +60,7 @@ def is_weights(name: str) -> bool:
     return name.lower().endswith((".safetensors", *_OTHER_WEIGHTS))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SmallFile:
+class SmallFile(NamedTuple):
     """A file that is no weights: configuration, tokenizer, licence.
 
     Attributes:
@@ -75,8 +72,7 @@ class SmallFile:
     num_bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HuggingFaceCheckpoint:
+class HuggingFaceCheckpoint(NamedTuple):
     """What is in a Hugging Face checkpoint directory.
 
     Attributes:
@@ -100,13 +96,12 @@ class HuggingFaceCheckpoint:
     unread: frozenset[str] | None
     small_files: tuple[SmallFile, ...]
     left_out: tuple[str, ...]
-    quantised: Mapping[str, Quantised] = field(default_factory=dict)
+    quantised: Mapping[str, Quantised] = {}
     num_activation_scales: int = 0
     faults: tuple[Problem, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class _Tree:
+class _Tree(NamedTuple):
     """The names below the root that are not hidden: regular files with their sizes, links to nowhere, the rest."""
 
     files: dict[str, int]
@@ -425,7 +420,7 @@ def _read_headers(
             for problem in error.problems:
                 if problem.code is Code.FILE_MISSING and index is not None:
                     fact = f"{INDEX_FILE} places {num_indexed[file]} of {len(index)} tensors in it"
-                    problem = dataclasses.replace(problem, facts=(fact,), cure=problem.cure or _CURE_DOWNLOAD)
+                    problem = problem._replace(facts=(fact,), cure=problem.cure or _CURE_DOWNLOAD)
                 problems.extend([problem])
     return headers
 

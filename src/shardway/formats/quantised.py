@@ -10,10 +10,8 @@ Source: transformers 5.24 (`integrations/finegrained_fp8.py`, `integrations/mxfp
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 from collections import Counter
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.core.dtypes import BFLOAT16, FLOAT16, FLOAT32
@@ -49,8 +47,7 @@ class Scheme(enum.StrEnum):
     MXFP4 = "mxfp4"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quantised:
+class Quantised(NamedTuple):
     """Where the values of a tensor come from.
 
     Attributes:
@@ -113,8 +110,7 @@ def present(checkpoint: HuggingFaceCheckpoint, dtype: DType | None = None) -> Hu
             tensors[plain] = StoredTensor(plain, wanted, shape, (chunk,))
         elif name not in found.taken:
             tensors[name] = tensor
-    return dataclasses.replace(
-        checkpoint,
+    return checkpoint._replace(
         catalog=Catalog(root=checkpoint.catalog.root, tensors=tensors),
         quantised=found.quantised,
         num_activation_scales=found.num_left_out,
@@ -133,7 +129,7 @@ def computed_as(checkpoint: HuggingFaceCheckpoint, dtypes: Mapping[str, DType]) 
     for name in checkpoint.quantised:
         if dtypes.get(name) in {BFLOAT16, FLOAT16, FLOAT32}:
             tensors[name] = tensors[name]._replace(dtype=dtypes[name])
-    return dataclasses.replace(checkpoint, catalog=Catalog(root=checkpoint.catalog.root, tensors=tensors))
+    return checkpoint._replace(catalog=Catalog(root=checkpoint.catalog.root, tensors=tensors))
 
 
 def dequantised_notes(checkpoint: HuggingFaceCheckpoint) -> list[str]:

@@ -6,10 +6,8 @@ and the ``hf`` folder is in it, and a checkpoint without it exports as well.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
-from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -47,8 +45,7 @@ class FileDigest(NamedTuple):
     digest: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
+class Record(NamedTuple):
     """What is known about how a checkpoint was made.
 
     Attributes:
@@ -71,17 +68,17 @@ class Record:
     architecture: str | None
     source: str
     options: Mapping[str, object]
-    copies: Mapping[str, str] = field(default_factory=dict)
-    variants: Mapping[str, bool] = field(default_factory=dict)
-    dtypes: Mapping[str, str] = field(default_factory=dict)
-    megatron_config: Mapping[str, object] = field(default_factory=dict)
-    quantised: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    digests: ChunkDigests = field(default_factory=dict)
-    files: Mapping[str, FileDigest] = field(default_factory=dict)
+    copies: Mapping[str, str] = {}
+    variants: Mapping[str, bool] = {}
+    dtypes: Mapping[str, str] = {}
+    megatron_config: Mapping[str, object] = {}
+    quantised: Mapping[str, tuple[str, ...]] = {}
+    digests: ChunkDigests = {}  # noqa: RUF012 - nobody changes it
+    files: Mapping[str, FileDigest] = {}
 
     def with_digests(self, digests: ChunkDigests, files: Mapping[str, FileDigest]) -> Record:
         """The record with the digests of the chunks and files that were written."""
-        return dataclasses.replace(self, digests=digests, files=files)
+        return self._replace(digests=digests, files=files)
 
     def to_json(self) -> bytes:
         """The record as the bytes of ``shardway.json``, its own digest last."""

@@ -12,8 +12,7 @@ import math
 import os
 import reprlib
 import stat
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.core.dtypes import DType, dtype_of_safetensors
 from shardway.core.errors import Code, Problem, Problems, ShardwayError
@@ -38,8 +37,7 @@ _CURE_DTYPE = "have the tensor written in a dtype that the format defines"
 _CURE_WRITER = "the file is damaged or its writer is broken; fetch it again, or have it written again"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SafetensorsFile:
+class SafetensorsFile(NamedTuple):
     """What the header of one safetensors file says, every word of it checked.
 
     Attributes:
@@ -57,8 +55,7 @@ class SafetensorsFile:
     num_bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SafetensorsLayout:
+class SafetensorsLayout(NamedTuple):
     """Where everything goes in a safetensors file that is yet to be written.
 
     Attributes:

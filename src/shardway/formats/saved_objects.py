@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shardway.core.dtypes import DType
@@ -46,13 +45,26 @@ _MAX_MEMBERS = 50_000  # of all sets: whoever chooses numbers can make their has
 _MAX_VALUES = 2_000_000  # counted as if nothing were shared: what a reader that prints or copies it has to visit
 
 
-@dataclass(frozen=True, slots=True)
 class SavedTensor:
     """A small tensor with its bytes, row-major and little-endian."""
 
-    dtype: DType
-    shape: Shape
-    data: bytes
+    __slots__ = ("data", "dtype", "shape")
+
+    def __init__(self, dtype: DType, shape: Shape, data: bytes) -> None:
+        self.dtype = dtype
+        self.shape = shape
+        self.data = data
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SavedTensor):
+            return NotImplemented
+        return (self.dtype, self.shape, self.data) == (other.dtype, other.shape, other.data)
+
+    def __hash__(self) -> int:
+        return hash((self.dtype, self.shape, self.data))
+
+    def __repr__(self) -> str:
+        return f"SavedTensor({self.dtype.name}, {list(self.shape)}, {len(self.data)} bytes)"
 
     def item(self) -> bool | int | float:
         """The only element of a tensor of one element.

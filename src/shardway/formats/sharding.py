@@ -8,8 +8,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.core.errors import Code, Problem, Problems, ShardwayError
 from shardway.formats.safetensors import printable
@@ -24,8 +23,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HuggingFaceShard:
+class HuggingFaceShard(NamedTuple):
     """One weights file of a checkpoint to be written.
 
     Attributes:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from shardway.core.dtypes import dtype_of_torch
 from shardway.core.errors import Code, Problem, Problems, ShardwayError
@@ -64,8 +63,7 @@ _MAX_PROBLEMS = 32  # a damaged file can break every one of 50,000 chunks
 _CURE_COPY = "the checkpoint is incomplete: copy or save it again"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TorchDistCheckpoint:
+class TorchDistCheckpoint(NamedTuple):
     """A torch_dist checkpoint whose every tensor has been found, with type, shape and size as announced.
 
     Attributes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -68,8 +67,7 @@ class HubSource:
         cure = None if problem.cure is None else spoken(problem.cure)
         if self.repository.offline and problem.code is Code.FILE_MISSING:
             cure = "it is not in the cache: unset HF_HUB_OFFLINE, or run the command once where there is a network"
-        return dataclasses.replace(
-            problem,
+        return problem._replace(
             what=spoken(problem.what),
             facts=tuple(map(spoken, problem.facts)),
             file=None if problem.file is None else spoken(str(problem.file)),
@@ -113,7 +111,7 @@ class HubSource:
             folder: Directory to be made.
             progress: Called as bytes arrive.
         """
-        plan = dataclasses.replace(plan, hf=Catalog(root=folder, tensors=plan.hf.tensors))
+        plan = plan._replace(hf=Catalog(root=folder, tensors=plan.hf.tensors))
         return plan, HubSupply(self.repository, plan, self.root, folder, keep=self.keep, progress=progress)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from shardway.core.errors import Code, Problems
@@ -116,7 +115,7 @@ def match_stored(
         for key in resizable
         if key in tensors and key in mapping.mcore and _fits(tensors[key].shape, mapping.mcore[key], resizable=True)
     }
-    match_megatron(replace(mapping, mcore={**mapping.mcore, **padded}), tensors, problems)
+    match_megatron(mapping._replace(mcore={**mapping.mcore, **padded}), tensors, problems)
 
 
 def tail_of(key: str) -> str:

@@ -257,7 +257,7 @@ def _fill(
         _run(jobs, filler, source, num_threads)
     except ShardwayError as error:
         facts = (_CHANGED,)
-        raise ShardwayError(replace(each, facts=each.facts + facts) for each in error.problems) from error
+        raise ShardwayError(each._replace(facts=each.facts + facts) for each in error.problems) from error
     problems = Problems()
     for name, count in sorted(filler.overflows.items()):
         what = f"{count} finite values of {name} became infinite in the cast to the model's dtype"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.core.collector import collector_paused
 from shardway.core.dtypes import dtype_of_torch
@@ -33,8 +32,7 @@ _SMALLEST_SHARD_BYTES = 512 * 10**6
 _SHARDS = 8
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportOptions:
+class ExportOptions(NamedTuple):
     """What an export may be told.
 
     Attributes:
@@ -82,7 +80,7 @@ def plan_export(
     """
     problems = Problems()
     padded = padded_rows(mapping, source.tensors)
-    match_megatron(replace(mapping, mcore={**mapping.mcore, **padded}), source.tensors, problems)
+    match_megatron(mapping._replace(mcore={**mapping.mcore, **padded}), source.tensors, problems)
     problems.extend(chunk_problems(source.tensors.values()))
     problems.raise_if_any()
     mapping = mapping.with_copies(copies)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.core.collector import collector_paused
 from shardway.core.dtypes import dtype_of_torch
@@ -44,8 +43,7 @@ _ALIGN_WORTHWHILE_BYTES = 2**16
 _MAX_FRAME_BYTES = 2 * BLOCK_BYTES  # a head with its padding, and a tail
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImportOptions:
+class ImportOptions(NamedTuple):
     """What an import may be told.
 
     Attributes:

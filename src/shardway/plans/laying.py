@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.core.tensors import Chunk
@@ -40,7 +39,6 @@ class Blob(NamedTuple):
     phase: int
 
 
-@dataclass(slots=True)
 class Laid:
     """Where everything goes.
 
@@ -51,10 +49,11 @@ class Laid:
         edges: By file, where the blobs of chunks start, one after the other, and where the last one ends.
     """
 
-    chunks: dict[str, list[Chunk]] = field(default_factory=dict)
-    targets: list[TargetFile] = field(default_factory=list)
-    objects: list[DcpLocation] = field(default_factory=list)
-    edges: dict[str, array[int]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.chunks: dict[str, list[Chunk]] = {}
+        self.targets: list[TargetFile] = []
+        self.objects: list[DcpLocation] = []
+        self.edges: dict[str, array[int]] = {}
 
     def blob(self, chunk: Chunk) -> tuple[int, int]:
         """Where the blob of a chunk starts in its file, and its size in bytes."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -60,8 +59,7 @@ class Stream(NamedTuple):
         return self.dtype.num_bytes(self.box.num_elements)
 
 
-@dataclass(frozen=True, slots=True)
-class TargetFile:
+class TargetFile(NamedTuple):
     """A file to be written: its size and the literal bytes in it; the streams fill the rest.
 
     Attributes:
@@ -75,8 +73,7 @@ class TargetFile:
     literals: tuple[tuple[int, bytes], ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Plan(NamedTuple):
     """All that an executor needs to move one checkpoint; it decides nothing itself.
 
     Attributes:
@@ -99,12 +96,12 @@ class Plan:
     mcore: Catalog
     streams: Sequence[Stream]
     targets: tuple[TargetFile, ...] = ()
-    small_files: Mapping[str, bytes] = field(default_factory=dict)
+    small_files: Mapping[str, bytes] = {}
     copied_files: tuple[tuple[str, str], ...] = ()
-    shifts: Mapping[str, float] = field(default_factory=dict)
-    copies: Mapping[str, str] = field(default_factory=dict)
+    shifts: Mapping[str, float] = {}
+    copies: Mapping[str, str] = {}
     notes: tuple[str, ...] = ()
-    quantised: Mapping[str, Quantised] = field(default_factory=dict)
+    quantised: Mapping[str, Quantised] = {}
     requantised: Requantised | None = None
 
     @property

@@ -6,8 +6,7 @@ pieces are where its values lie in the Megatron checkpoint.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.core.dtypes import FLOAT32, dtype_of_torch
 from shardway.core.errors import Code, Problem, ShardwayError
@@ -26,8 +25,7 @@ FP8 = dtype_of_torch("float8_e4m3fn")
 _BLOCK = (128, 128)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Requantised:
+class Requantised(NamedTuple):
     """Tensors that an export quantises.
 
     Attributes:

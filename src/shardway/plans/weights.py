@@ -13,7 +13,6 @@ import enum
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.core.errors import Code, Problem, ShardwayError
@@ -52,8 +51,7 @@ class Weights(enum.StrEnum):
         return not is_training_state(key) or (self is Weights.FP32 and master_of(key) is not None)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelState:
+class ModelState(NamedTuple):
     """The weights of a checkpoint.
 
     Attributes:
@@ -61,19 +59,20 @@ class ModelState:
         left_out: Everything else in the checkpoint: keys of tensors and objects, and of the common state.
         notes: What a user should know about it, one sentence each.
         passed_over: The model's own weights in whose place wider copies were taken, by name.
+        moved: The name and start of chunks that have others here, by those that they have in the checkpoint.
     """
 
     catalog: Catalog
     left_out: tuple[str, ...]
     notes: tuple[str, ...]
-    passed_over: Mapping[str, StoredTensor] = field(default_factory=dict)
-    _moved: Mapping[tuple[str, Shape], tuple[str, Shape]] = field(default_factory=dict)
+    passed_over: Mapping[str, StoredTensor] = {}
+    moved: Mapping[tuple[str, Shape], tuple[str, Shape]] = {}
 
     def digests(self, recorded: ChunkDigests) -> ChunkDigests:
         """Recorded digests by the names and starts that chunks have here."""
-        if not self._moved:
+        if not self.moved:
             return recorded
-        return {self._moved.get(place, place): digest for place, digest in recorded.items()}
+        return {self.moved.get(place, place): digest for place, digest in recorded.items()}
 
 
 def model_state(checkpoint: TorchDistCheckpoint, weights: Weights = Weights.MODEL) -> ModelState:
@@ -123,7 +122,7 @@ def model_state(checkpoint: TorchDistCheckpoint, weights: Weights = Weights.MODE
         left_out=tuple(left_out),
         notes=(*notes, *summary),
         passed_over=passed_over,
-        _moved=moved,
+        moved=moved,
     )
 
 

@@ -9,12 +9,12 @@ import contextlib
 import json
 import os
 import threading
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.run.files import failing
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from shardway.formats.record import ChunkDigests
@@ -23,8 +23,7 @@ _MAX_BYTES = 2**30
 _VERSION = 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finished:
+class Finished(NamedTuple):
     """What a journal says.
 
     Attributes:
@@ -32,7 +31,7 @@ class Finished:
         published: Inode of the directory that was about to be published, or None.
     """
 
-    files: dict[str, ChunkDigests] = field(default_factory=dict)
+    files: Mapping[str, ChunkDigests] = {}
     published: int | None = None
 
 
@@ -99,25 +98,25 @@ def read_journal(path: Path, key: str) -> Finished:
 
     Lines are believed up to the first that can't be understood.
     """
-    finished = Finished()
+    files: dict[str, ChunkDigests] = {}
     published = None
     try:
         with path.open("rb") as file:
             lines = file.read(_MAX_BYTES).splitlines()
         head = json.loads(lines[0])
         if head["format"] != _VERSION or head["key"] != key:
-            return finished
+            return Finished()
         for line in lines[1:]:
             entry = json.loads(line)
             if "published" in entry:
                 published = int(entry["published"])
                 continue
-            finished.files[str(entry["file"])] = {
+            files[str(entry["file"])] = {
                 (str(tensor), tuple(map(int, start))): str(digest) for tensor, start, digest in entry["digests"]
             }
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
         pass
-    return Finished(files=finished.files, published=published)
+    return Finished(files=files, published=published)
 
 
 def _entry(name: str, digests: ChunkDigests) -> dict[str, object]:

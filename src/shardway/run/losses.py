@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(slots=True)
-class Exactness:
+class Exactness(NamedTuple):
     """How well quantised tensors give their values back.
 
     Attributes:
@@ -21,6 +20,16 @@ class Exactness:
     num_exact: int = 0
     max_abs_error: float = 0.0
     largest: str = ""
+
+    def plus(self, tensor: str, *, exact: bool, error: float) -> Exactness:
+        """This and one more tensor, of which values come back with `error` at most."""
+        larger = error > self.max_abs_error
+        return Exactness(
+            num_tensors=self.num_tensors + 1,
+            num_exact=self.num_exact + exact,
+            max_abs_error=error if larger else self.max_abs_error,
+            largest=tensor if larger else self.largest,
+        )
 
 
 class Losses:

@@ -11,8 +11,7 @@ import json
 import os
 import threading
 import time
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.run.processes import is_dead, is_here, this_process
 
@@ -27,8 +26,7 @@ _MOST_PER_LOOK_S = 2.0
 _SIGN_BYTES = 1024
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sign:
+class Sign(NamedTuple):
     """What a process says of itself.
 
     Attributes:
@@ -59,7 +57,7 @@ class Sign:
 
     def to_bytes(self) -> bytes:
         """The contents of the file: always as long, so that it is overwritten in place and never seen empty."""
-        return json.dumps(asdict(self)).encode().ljust(_SIGN_BYTES)
+        return json.dumps(self._asdict()).encode().ljust(_SIGN_BYTES)
 
 
 def read_sign(path: Path) -> Sign:
@@ -113,7 +111,7 @@ class Pulse:
         Raises:
             OSError: It could not be written; `lost` is set if it is not there.
         """
-        self._write(replace(self._sign, beat=self._sign.beat + 1))
+        self._write(self._sign._replace(beat=self._sign.beat + 1))
 
     def end(self) -> None:
         """Stop beating, and say so in the file: nobody has to watch it to know.
@@ -122,7 +120,7 @@ class Pulse:
             OSError: It could not be written.
         """
         self.stop()
-        self._write(replace(self._sign, beat=-1))
+        self._write(self._sign._replace(beat=-1))
 
     def _write(self, sign: Sign) -> None:
         self._sign = sign

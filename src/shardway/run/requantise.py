@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from operator import mul
 from typing import TYPE_CHECKING, Any
@@ -61,7 +60,7 @@ class Requantiser:
     ) -> None:
         self.exactness = Exactness()
         self.differing: set[str] = set()
-        self._plan = dataclasses.replace(plan, direction=Direction.IMPORT, hf=plan.mcore, shifts={})
+        self._plan = plan._replace(direction=Direction.IMPORT, hf=plan.mcore, shifts={})
         self._wanted: Requantised = _requantised(plan)
         self._tensors = plan.hf.tensors if compared is None else compared
         self._compared = compared is not None
@@ -100,10 +99,7 @@ class Requantiser:
                 self._put(scale_of(stream.tensor), (*outer, low // rows, 0), found.scales)
                 self._advance(found.codes.size)
         with self._lock:
-            self.exactness.num_tensors += 1
-            self.exactness.num_exact += exact
-            if error > self.exactness.max_abs_error:
-                self.exactness.max_abs_error, self.exactness.largest = error, stream.tensor
+            self.exactness = self.exactness.plus(stream.tensor, exact=exact, error=error)
 
     def _put(self, name: str, start: tuple[int, ...], array: Array) -> None:
         """Write rows of a tensor, or look whether they are there."""

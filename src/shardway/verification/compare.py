@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.core.tensors import Catalog
@@ -32,8 +30,7 @@ if TYPE_CHECKING:
     Array = npt.NDArray[Any]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ValueDifference:
+class ValueDifference(NamedTuple):
     """Where two tensors of one shape differ.
 
     Attributes:
@@ -100,9 +97,9 @@ def compare_plan(
         ShardwayError: `verify-failed` for every tensor that differs, `digest-mismatch`.
     """
     if plan.direction is Direction.IMPORT:
-        plan = dataclasses.replace(plan, mcore=Catalog(root=written, tensors=plan.mcore.tensors))
+        plan = plan._replace(mcore=Catalog(root=written, tensors=plan.mcore.tensors))
     else:
-        plan = dataclasses.replace(plan, hf=Catalog(root=written, tensors=plan.hf.tensors))
+        plan = plan._replace(hf=Catalog(root=written, tensors=plan.hf.tensors))
     differences, damaged = compare_streams(plan, num_workers, progress, digests)
     problems = damaged + [
         Problem(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import random
@@ -146,7 +145,7 @@ def _changed_on_purpose(problem: Problem) -> Problem:
     cure = (
         f"{_CURE}; if it was changed on purpose, pass --hf DIR, a directory with the model's config.json and tokenizer"
     )
-    return dataclasses.replace(problem, cure=cure)
+    return problem._replace(cure=cure)
 
 
 def check_sample(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import threading
 from array import array
@@ -163,8 +162,7 @@ def _damaged_exports(
         for piece in stream.pieces
         if piece.tile.hf.tensor in staged
     ]
-    swapped = dataclasses.replace(
-        plan,
+    swapped = plan._replace(
         direction=Direction.IMPORT,
         hf=plan.mcore,
         mcore=Catalog(root=written, tensors=staged),
@@ -178,7 +176,7 @@ def _damaged_exports(
 
 
 def _is_as_source(plan: Plan, streams: list[Stream], num_workers: int, meter: Meter) -> bool:
-    plan = dataclasses.replace(plan, streams=tuple(streams))
+    plan = plan._replace(streams=tuple(streams))
     try:
         differences, _ = compare_streams(plan, num_workers)
     except ShardwayError:

@@ -126,9 +126,8 @@ def test_only_buffers_that_the_config_determines_are_ignored() -> None:
 
 def family_with(*rules: Rule) -> mock._patch_dict:
     """Let a family of other rules serve Llama."""
-    import dataclasses
 
-    wrong = dataclasses.replace(LLAMA, rules=rules)
+    wrong = LLAMA._replace(rules=rules)
     return mock.patch.dict(registry._REGISTERED, {"LlamaForCausalLM": wrong})
 
 

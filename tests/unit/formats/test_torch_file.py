@@ -470,7 +470,7 @@ def test_items(dtype: DType) -> None:
 
 
 def test_written_values_are_read_by_torch() -> None:
-    value = {
+    value: dict[str | int, Any] = {
         "a": [None, True, False, 1, -1, 2**40, 1.5, "text", "text", (), (1, 2, 3, 4), {}, []],
         "t": SavedTensor(FLOAT32, (2,), struct.pack("<2f", 1.5, -2)),
         "s": SavedTensor(dtype_of_torch("uint16"), (), b"\x07\x00"),
