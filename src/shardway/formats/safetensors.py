@@ -72,6 +72,15 @@ class SafetensorsLayout(NamedTuple):
 _Span = tuple[int, int, str]  # first data byte, the one after the last, and the tensor that claims them
 
 
+class _Entry(NamedTuple):
+    """One tensor as a header describes it; its data is from byte `begin` to before byte `end`."""
+
+    dtype: DType
+    shape: Shape
+    begin: int
+    end: int
+
+
 class _EntryError(Exception):
     """What is wrong with one entry of a header; becomes a `Problem` once tensor and file are known."""
 
@@ -302,22 +311,31 @@ def _check_length(length: bytes, num_bytes: int, path: Path) -> int:
 
 
 def _parse_header(raw: bytes, path: Path) -> dict[str, object]:
-    """The header as JSON, where no key of any object is given twice."""
+    """The header as JSON, where no key of any object is given twice; an object that describes a tensor is an `_Entry`.
+
+    Entries are checked as they are parsed, so that memory never holds the lists and dicts of all of them.
+    """
     shown = printable(path.name)
     if raw[:1] != b"{":
         raise _header_error(f"the header of {shown} begins with {raw[:1]!r}, not with '{{'", path)
     repeated: list[tuple[dict[str, object], list[str]]] = []
+    shapes: dict[Shape, Shape] = {}  # one tuple for all tensors of a shape
 
-    def to_dict(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    def parsed(pairs: list[tuple[str, object]]) -> dict[str, object] | _Entry:
         found = dict(pairs)
         if len(found) != len(pairs):
             repeated.append((found, [key for key, _ in pairs]))
+        elif found.keys() == _FIELDS:
+            try:
+                return _read_entry(found, shapes)
+            except _EntryError:  # said when the tensor's name is known
+                return found
         return found
 
     try:
         text = raw.decode()
         check_density(raw)
-        header: dict[str, object] = json.loads(text, object_pairs_hook=to_dict)
+        header: dict[str, object] = json.loads(text, object_pairs_hook=parsed)
     except UnicodeDecodeError as error:
         raise _header_error(f"the header of {shown} is not UTF-8 at byte {error.start}: {error.reason}", path) from None
     except JsonInvalidError as error:
@@ -354,7 +372,8 @@ def _raise_repeated(header: dict[str, object], repeated: list[tuple[dict[str, ob
 
 def _read_metadata(metadata: object, problems: _HeaderProblems) -> dict[str, str]:
     if not isinstance(metadata, dict):
-        what = f"{_METADATA} of {problems.file} is {_brief(metadata)}, not an object"
+        shown = "a tensor's entry" if type(metadata) is _Entry else _brief(metadata)
+        what = f"{_METADATA} of {problems.file} is {shown}, not an object of strings"
         problems.add(Code.SAFETENSORS_HEADER, what)
         return {}
     for key, value in metadata.items():
@@ -367,28 +386,25 @@ def _read_metadata(metadata: object, problems: _HeaderProblems) -> dict[str, str
 def _read_entries(
     header: dict[str, object], file: str, data_start: int, problems: _HeaderProblems
 ) -> tuple[dict[str, StoredTensor], list[_Span]]:
-    """The tensors, and the bytes of the data that each claims; empties `header` as it goes."""
+    """The tensors, and the bytes of the data that each claims."""
     tensors: dict[str, StoredTensor] = {}
     spans: list[_Span] = []
     origins = [(0,) * num_axes for num_axes in range(_MAX_AXES + 1)]
-    shapes: dict[Shape, Shape] = {}  # one tuple for all tensors of a shape
     for name, entry in header.items():
         try:
-            dtype, shape, begin, end = _read_entry(entry)
+            dtype, shape, begin, end = entry if type(entry) is _Entry else _read_entry(entry, {})
         except _EntryError as error:
             what = f"tensor {printable(name)} in {problems.file}: {error.what}"
             cure = _CURE_DTYPE if error.code is Code.DTYPE_UNKNOWN else _CURE_WRITER
             problems.add(error.code, what, tensor=name, facts=error.facts, cure=cure)
             continue
-        shape = shapes.setdefault(shape, shape)
         spans.append((begin, end, name))
         chunk = Chunk(origins[len(shape)], shape, file, data_start + begin)
         tensors[name] = StoredTensor(name, dtype, shape, (chunk,))
-        header[name] = None  # free it now: the fewer objects are alive, the less the garbage collector takes
     return tensors, spans
 
 
-def _read_entry(entry: object) -> tuple[DType, Shape, int, int]:
+def _read_entry(entry: object, shapes: dict[Shape, Shape]) -> _Entry:
     """One entry of the header, checked; on the path of every tensor, so it tests types by identity (no bool is int)."""
     if type(entry) is not dict:
         raise _EntryError(f"its entry is {_brief(entry)}, not an object")
@@ -418,7 +434,8 @@ def _read_entry(entry: object) -> tuple[DType, Shape, int, int]:
             "data_offsets contradict dtype and shape",
             f"expected {num_bits >> 3} bytes for {tag} of shape {dims}; got {end - begin} (from {begin} to {end})",
         )
-    return dtype, tuple(dims), begin, end
+    shape = tuple(dims)
+    return _Entry(dtype, shapes.setdefault(shape, shape), begin, end)
 
 
 def _read_dtype(tag: object) -> DType:
