@@ -335,7 +335,7 @@ def _parse_header(raw: bytes, path: Path) -> dict[str, object]:
     try:
         text = raw.decode()
         check_density(raw)
-        header: dict[str, object] = json.loads(text, object_pairs_hook=parsed)
+        header = json.loads(text, object_pairs_hook=parsed)
     except UnicodeDecodeError as error:
         raise _header_error(f"the header of {shown} is not UTF-8 at byte {error.start}: {error.reason}", path) from None
     except JsonInvalidError as error:
@@ -344,6 +344,8 @@ def _parse_header(raw: bytes, path: Path) -> dict[str, object]:
         raise _header_error(f"the header of {shown} nests JSON too deeply", path) from None
     except ValueError as error:
         raise _header_error(f"the header of {shown} is not valid JSON: {error}", path) from None
+    if not isinstance(header, dict):
+        raise _header_error(f"the header of {shown} is an entry itself, of a tensor without a name", path)
     if repeated:
         _raise_repeated(header, repeated, path)
     if "\\u" in text:  # only an escape can smuggle in half of a surrogate pair, which nothing can print or write

@@ -69,6 +69,16 @@ MALFORMED: dict[str, tuple[bytes, Code, tuple[str, ...]]] = {
     "field twice": (framed("{" + W.replace('"dtype"', '"dtype":"I8","dtype"') + "}", b"\0"), HEADER, ("w", "dtype")),
     "metadata twice": (framed('{"__metadata__":{},"__metadata__":{}}'), HEADER, ("__metadata__",)),
     "metadata not an object": (framed('{"__metadata__":"pt"}'), HEADER, ("__metadata__", "'pt'")),
+    "header like an entry": (
+        framed('{"dtype":"F32","shape":[1],"data_offsets":[0,4]}', bytes(4)),
+        HEADER,
+        ("an entry itself", "without a name"),
+    ),
+    "metadata like an entry": (
+        framed('{"__metadata__":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', bytes(4)),
+        HEADER,
+        ("__metadata__", "a tensor's entry"),
+    ),
     "metadata null": (framed('{"__metadata__":null}'), HEADER, ("__metadata__", "None")),
     "metadata not strings": (framed('{"__metadata__":{"format":1}}'), HEADER, ("format", "1")),
     "entry not an object": (framed('{"w":[1]}'), HEADER, ("tensor w", "[1]")),
