@@ -133,7 +133,7 @@ def test_a_replica_takes_over_from_a_writer(fleet: Fleet, known: Callable[[str],
     model = known("llama")
     task: dict[str, Any] = {"do": "save", "hf": model.hf, "first": 0}
     kill = {"rank": 1, "at": "os.pwritev", "do": "kill", "after": 3}
-    stall = {"rank": 1, "at": "os.pwritev", "do": "sleep", "after": 3, "seconds": 7.0}
+    stall = {"rank": 1, "at": "os.pwritev", "do": "sleep", "after": 3, "seconds": 10.0}
     worlds: list[World] = []
     for parallel in (True, False):
         first = 0 if parallel else 1  # the lowest replica is the only one that writes
@@ -142,7 +142,7 @@ def test_a_replica_takes_over_from_a_writer(fleet: Fleet, known: Callable[[str],
         only = {"fully_parallel_save": parallel} | ({} if parallel else {"absent": [0]})
         worlds.append(model.world(4, [task | only], tp=2 if parallel else 1, store="file", killed=[1]))
     stuck = {"do": "save", "hf": model.hf, "path": tmp_path / "stuck", "faults": [stall]}
-    worlds.append(model.world(4, [stuck | {"distributed_timeout_minutes": 0.03}], tp=2))
+    worlds.append(model.world(4, [stuck | {"distributed_timeout_minutes": 0.06}], tp=2))
     *ran, last = fleet.run(*worlds)
     for each in ran:
         report = same_report(each.of(0))
