@@ -36,11 +36,15 @@ def program() -> NoReturn:
     The interpreter isn't taken apart first, which would take some 50 ms to free memory one piece after the other.
     """
     status = main()
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except OSError:  # nobody reads any more
-        status = status or 1
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:  # closed before the command began
+                stream.flush()
+        except BrokenPipeError:  # nobody reads any more
+            status = status or 1
+        except OSError as error:
+            print(f"shardway: could not write all of the output: {error.strerror}", file=sys.stderr)
+            status = status or 1
     os._exit(status)
 
 

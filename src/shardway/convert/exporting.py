@@ -136,6 +136,7 @@ def export_hf(
         verified=verify and not reuse,
         notes=(*plan.notes, *exactness_notes(losses.exactness)),
         left_out=job.left_out,
+        dequantised={},
         requantised=losses.exactness._asdict() if losses.exactness.num_tensors else None,
     )
 

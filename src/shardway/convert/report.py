@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -52,10 +53,10 @@ class ConversionReport(NamedTuple):
     resumed: int
     verified: bool
     notes: tuple[str, ...]
-    dequantised: Mapping[str, int] = {}
+    dequantised: Mapping[str, int]
     requantised: Mapping[str, int | float | str] | None = None
     left_out: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         """The report as JSON-ready data."""
-        return self._asdict()
+        return copy.deepcopy(self._asdict())

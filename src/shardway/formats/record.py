@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Mapping
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +18,7 @@ from shardway.formats.json_text import JsonInvalidError, parse_json
 from shardway.formats.small_files import read_small_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
     from pathlib import Path
 
 RECORD_FILE = "shardway.json"
@@ -30,7 +31,7 @@ _TAIL_BYTES = len(_BLANK) + len(_END)
 _PART_BYTES = 2**16
 
 # Digest of each chunk of a tensor, by the chunk's first index.
-ChunkDigests = dict[tuple[str, tuple[int, ...]], str]
+ChunkDigests = Mapping[tuple[str, tuple[int, ...]], str]
 
 
 class FileDigest(NamedTuple):
@@ -73,7 +74,7 @@ class Record(NamedTuple):
     dtypes: Mapping[str, str] = {}
     megatron_config: Mapping[str, object] = {}
     quantised: Mapping[str, tuple[str, ...]] = {}
-    digests: ChunkDigests = {}  # noqa: RUF012 - nobody changes it
+    digests: Mapping[tuple[str, tuple[int, ...]], str] = {}
     files: Mapping[str, FileDigest] = {}
 
     def with_digests(self, digests: ChunkDigests, files: Mapping[str, FileDigest]) -> Record:
@@ -195,7 +196,7 @@ def _listed(digests: ChunkDigests) -> Iterator[str]:
 
 def _chunk_digests(listed: dict[str, dict[str, str]]) -> ChunkDigests:
     """The digests of chunks as they are listed; takes them out of the list."""
-    found: ChunkDigests = {}
+    found: dict[tuple[str, tuple[int, ...]], str] = {}
     starts: dict[str, tuple[int, ...]] = {"": ()}  # layers and experts have most of them in common
     for tensor in list(listed):
         for text, digest in listed.pop(tensor).items():

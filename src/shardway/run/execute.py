@@ -132,7 +132,7 @@ def execute(
         staging.write(name, contents)
     for name, source in plan.copied_files:
         staging.copy(companions / source, name)
-    digests: ChunkDigests = {}
+    digests: dict[tuple[str, tuple[int, ...]], str] = {}
     for known in finished.files.values():
         digests |= known
     for mover in movers:

@@ -61,7 +61,7 @@ class FinishedFiles:
             self._left.subtract(batch.files)
             finished = [name for name in sorted(batch.files) if not self._left[name]]
         for name in finished:
-            known: ChunkDigests = {}
+            known: dict[tuple[str, tuple[int, ...]], str] = {}
             for digests in self._digests():
                 known |= digests.get(name, {})
             self._journal.add(name, known)

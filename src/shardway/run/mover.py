@@ -22,14 +22,13 @@ from shardway.run.losses import Losses
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from shardway.core.tensors import Chunk
-    from shardway.formats.record import ChunkDigests
+    from shardway.core.tensors import Chunk, Shape
     from shardway.plans.model import Plan, Stream
     from shardway.run.clone import Cloner
     from shardway.run.files import Files
 
 BUFFER_BYTES = 2**20
-_NEAR_BYTES = 64
+_NEAR_BYTES = 64  # between places in a page; 31 or fewer are too near where it was measured
 _SHORT_RUN_BYTES = 4096
 _FEW_RUNS = 64
 _WORTH_SHARING_BYTES = 2**16  # smaller chunks are not aligned for it either
@@ -72,7 +71,8 @@ class Mover:
         self._expected = expected
         self._cloner = cloner
         self._memory = memoryview(mmap.mmap(-1, BUFFER_BYTES + 2 * _NEAR_BYTES))  # begins with a page
-        self.digests: dict[str, ChunkDigests] = {}  # of chunks that were written, by the file that they are in
+        # Of chunks that were written, by the file that they are in.
+        self.digests: dict[str, dict[tuple[str, Shape], str]] = {}
         self.losses = Losses()
 
     def move(self, stream: Stream) -> None:
@@ -151,10 +151,10 @@ class Mover:
         """Import a chunk whose whole blocks appear in the file without a copy; every byte is read for the digest."""
         chunk = stream.chunks[0]
         hasher = xxhash.xxh3_128()
-        buffer = self._buffer(0, 0)
         self._mcore.write_from(chunk.file, head, stream.blob_offsets[0])
         for run in found:
             place = chunk.offset + run.chunk_offset
+            buffer = self._buffer(run.offset, place)
             begin, end = self._cloner.share(run.file, run.offset, chunk.file, place, run.num_bytes)
             for low in range(0, run.num_bytes, BUFFER_BYTES):
                 high = min(low + BUFFER_BYTES, run.num_bytes)
@@ -179,8 +179,8 @@ class Mover:
     def _buffer(self, source: int, target: int) -> memoryview:
         """The buffer for bytes from an offset in a file to an offset in another, where both copies are fast.
 
-        The kernel copies with an instruction that is four times slower on processors of AMD where the place in its
-        page of what is written lies a few bytes behind that of what is read.
+        The kernel's copy is four times slower, on some processors, where the place in its page of what is written
+        lies a few bytes behind that of what is read (docs/design/0003-moving-bytes.md).
         """
         at = next(
             at

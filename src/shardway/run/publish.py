@@ -355,7 +355,7 @@ class SharedStaging:
         """
         seen = self.path
         for pause in _TURNS_S:
-            time.sleep(pause * (256 + os.urandom(1)[0]) / 512)
+            time.sleep(pause * (0.5 + os.urandom(1)[0] / 512))
             staged = self._staged()
             new = next((each for each in staged if self._marked(each, tag).is_dir()), None)
             if new is None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import shardway
 from shardway import __version__
 from shardway.cli.main import main
 from shardway.cli.progress import _Lines
@@ -145,6 +146,32 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--version"])
     assert stopped.value.code == 0
     assert capsys.readouterr().out == f"shardway {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("redirected", "status", "told"),
+    [
+        ("| cat", 0, ""),
+        (">&-", 0, ""),
+        ("> /dev/full", 1, "shardway: could not write all of the output: No space left on device\n"),
+    ],
+)
+def test_the_process_ends_when_its_output_is_written(redirected: str, status: int, told: str) -> None:
+    command = f"set -o pipefail; {sys.executable} -m shardway inspect {LLAMA} --json {redirected}"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, env=buffered)
+    assert (ended.returncode, ended.stderr) == (status, told)
+    assert not ended.stdout or json.loads(ended.stdout)["architecture"] == "LlamaForCausalLM"
+    assert bool(ended.stdout) == (redirected == "| cat")
+
+
+def test_reports_share_nothing_with_what_they_are_printed_from(tmp_path: Path) -> None:
+    shardway.import_hf(LLAMA, tmp_path / "megatron", fsync=False)
+    report = shardway.export_hf(tmp_path / "megatron", tmp_path / "hf", fsync=False)
+    printed = report.to_dict()
+    assert isinstance(printed["dtypes"], dict)
+    printed["dtypes"].clear()
+    assert report.dtypes == {"bfloat16": 39}
 
 
 def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
