@@ -189,10 +189,9 @@ def run(job: Job, direction: Direction, limits: Limits, root: Path) -> tuple[Pla
         direction=direction,
         hf=Catalog(root=root / "source" if importing else destination, tensors=job.hf_tensors),
         mcore=Catalog(root=destination if importing else root / "source", tensors=job.mcore_tensors),
-        streams=build_streams(
-            job.mosaic.tiles, job.hf_tensors, job.mcore_tensors, job.blob_offsets.__getitem__ if importing else None
-        ),
+        streams=build_streams(job.mosaic.tiles, job.hf_tensors, job.mcore_tensors, importing=importing),
         targets=tuple(TargetFile(name, size) for name, size in files.items()),
+        blob_offset=job.blob_offsets.__getitem__,
     )
     right = {
         ("m", chunk.start): xxhash.xxh3_128_hexdigest(np.ascontiguousarray(job.mcore[_slices(chunk)]).tobytes())

@@ -17,6 +17,7 @@ from tests.property.tilings import boxes, chunkings, count, mosaics
 from tests.tiny import ARCHITECTURES, Tiny, bits, read_distcp, read_safetensors, same, write_chunks, write_model
 
 import shardway
+from shardway.core.tiles import restrict
 from shardway.formats.torch_dist import open_torch_dist
 from shardway.plans import imports
 from shardway.plans.chunking import assign_files, chunk_boxes, split_box
@@ -237,7 +238,9 @@ def test_chunks_follow_each_other_and_cover_the_tensor(mosaic: Mosaic, limit: in
     found = chunk_boxes(mosaic.mcore, mosaic.tiles, limit)
     numbers = np.arange(int(np.prod(mosaic.mcore))).reshape(mosaic.mcore)
     seen: list[int] = []
-    for box in found:
+    for box, tiles in found:
+        reached = [tile for tile in mosaic.tiles if restrict(tile, box, mcore=True)]
+        assert all(tile in tiles for tile in reached)
         where = tuple(slice(first, first + size) for first, size in zip(box.start, box.size, strict=True))
         seen += numbers[where].reshape(-1).tolist()
         assert box.num_elements <= max(limit, 1)

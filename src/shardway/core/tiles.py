@@ -210,34 +210,48 @@ def cover_fault(shape: Shape, tiles: Sequence[Tile], *, mcore: bool) -> CoverFau
         None when every element has exactly one tile, else a box of the tensor that has none or several (`times` is -1
         where a tile lies outside the tensor).
     """
-    sides = ((tile.sizes, tile.mcore if mcore else tile.hf) for tile in tiles)
-    return _fault(shape, [(sizes, side.base, side.steps) for sizes, side in sides])
+    if len(tiles) == 1:
+        sizes, *sides = tiles[0]
+        _, base, steps = sides[mcore]
+        return _fault_of(shape, ((sizes, base, steps),))
+    if mcore:
+        return _fault(shape, tuple([(sizes, base, steps) for sizes, _, (_, base, steps) in tiles]))
+    return _fault(shape, tuple([(sizes, base, steps) for sizes, (_, base, steps), _ in tiles]))
 
 
 # A tile as one of its tensors sees it: sizes, base, steps.
 _Grid = tuple["Shape", "Shape", Steps]
 
 
-def _fault(shape: Shape, grids: Sequence[_Grid]) -> CoverFault | None:
+def _fault(shape: Shape, grids: tuple[_Grid, ...]) -> CoverFault | None:
     """The fault of a cover; what is the same in every layer or expert is proven once."""
-    if len(shape) < 2 or len(grids) < 2 or any(axis == 0 for _, _, steps in grids for axis, _ in steps):
-        return _fault_of(shape, tuple(grids))
+    if len(grids) < 2 or len(shape) < 2:
+        return _fault_of(shape, grids)
     slices: dict[int, list[_Grid]] = {}
     for sizes, base, steps in grids:
-        slices.setdefault(base[0], []).append((sizes, base[1:], _inner(steps)))
+        inner = _inner(steps)
+        if inner is None:
+            return _fault_of(shape, grids)
+        slices.setdefault(base[0], []).append((sizes, base[1:], inner))
+    proven = None
     for index in range(shape[0]):
-        fault = _fault(shape[1:], slices.pop(index, ()))
+        inside = slices.pop(index, [])
+        if inside == proven:
+            continue
+        fault = _fault(shape[1:], tuple(inside))
         if fault:
             start, size = fault.box
             return CoverFault(Box((index, *start), (1, *size)), fault.times)
+        proven = inside
     for index in slices:  # a grid outside the shape
         return CoverFault(Box((index,) + (0,) * (len(shape) - 1), (1, *shape[1:])), -1)
     return None
 
 
 @lru_cache(maxsize=256)
-def _inner(steps: Steps) -> Steps:
-    return tuple((axis - 1, step) for axis, step in steps)
+def _inner(steps: Steps) -> Steps | None:
+    """The steps within a slice of the first axis; None where that axis is walked along."""
+    return None if any(axis == 0 for axis, _ in steps) else tuple((axis - 1, step) for axis, step in steps)
 
 
 @lru_cache(maxsize=256)

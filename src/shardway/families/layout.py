@@ -63,14 +63,10 @@ def extra_state_keys(module: str, layer: int | None, num_layers: int, num_expert
         num_layers: Extent of that axis.
         num_experts: How many experts there are; each has a state of its own.
     """
-    at = [] if layer is None else [str(layer)]
-    of = [] if layer is None else [str(num_layers)]
+    at, of = ("", "") if layer is None else (f"{layer}.", f"{num_layers}.")
     if _EXPERTS not in module:
-        return [f"{module}._extra_state/shard_{'.'.join(at or ['0'])}_{'.'.join(of or ['1'])}"]
-    of = [*of, str(num_experts)]
-    return [
-        f"{module}._extra_state/shard_{'.'.join([*at, str(expert)])}_{'.'.join(of)}" for expert in range(num_experts)
-    ]
+        return [f"{module}._extra_state/shard_{at[:-1] or 0}_{of[:-1] or 1}"]
+    return [f"{module}._extra_state/shard_{at}{expert}_{of}{num_experts}" for expert in range(num_experts)]
 
 
 def layout_of(keys: Iterable[str]) -> Layout:

@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, NamedTuple
 from shardway.core.collector import collector_paused
 from shardway.core.errors import Code, Problem, Problems, ShardwayError
 from shardway.core.tiles import Tile, cover_fault
+from shardway.families.family import Layer
 from shardway.families.layout import Layout, extra_state_keys, extra_state_module
 from shardway.families.registry import family_of
-from shardway.families.rules import expand, fill, holds
+from shardway.families.rules import expand, fill, holds, placeholders
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from shardway.core.tensors import Shape
     from shardway.families.config import HFConfig
-    from shardway.families.family import Dims, Family, Layer, Provider
-    from shardway.families.rules import Expanded, Rule
+    from shardway.families.family import Dims, Family, Provider
+    from shardway.families.rules import Expanded, Placeholders, Rule
 
 # Where a config.json says how many layers of multi-token prediction there are.
 _PROMISES = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
@@ -137,8 +138,9 @@ def map_model(
     shifts: dict[str, float] = {}
     extra_state = dict.fromkeys(f"{module}._extra_state/shard_0_1" for module in family.extra_state)
     shared = {name: name for name in known}
-    for rule, parts, names, place in _enumerate(family, dims, flags, stacks, layout):
-        key = fill(rule.mcore.replace("{i}.", "") if place is not None else rule.mcore, names)
+    for member, names, place in _enumerate(family, dims, flags, stacks, layout):
+        rule, parts, template, module = member
+        key = fill(template, names)
         key = shared.setdefault(key, key)  # one string for all layers that share a key
         mcore[key] = parts.mcore_shape
         for shape, tile in parts.tiles(key, names, place, shared):
@@ -148,9 +150,8 @@ def map_model(
             dtypes[key] = rule.dtype
         if rule.plus:
             shifts[key] = rule.plus
-        module = extra_state_module(key)
         if module is not None:
-            states = extra_state_keys(module, place, dims["L"], dims.get("E", 0))
+            states = extra_state_keys(fill(module, names), place, dims["L"], dims.get("E", 0))
             extra_state.update((shared.get(state, state), None) for state in states)
     _prove(tiles, hf, mcore)
     aliases = {}
@@ -160,7 +161,7 @@ def map_model(
             continue
         stack = stacks.get("k", ()) if "{n}" in alias.hf or "{k}" in alias.hf else (None,)
         for layer in stack:
-            name = fill(alias.hf, layer.names if layer else {})
+            name = fill(alias.hf, placeholders(layer.names) if layer else ())
             aliases[name] = alias.of
             if alias.restored:
                 restored[name] = alias.of
@@ -196,37 +197,52 @@ def map_model(
     )
 
 
+class _Member(NamedTuple):
+    """A rule as it applies to all layers of a kind.
+
+    Attributes:
+        rule: The rule.
+        parts: Its parts, with the extents that they have in such a layer.
+        key: Template of the key on disk.
+        module: Template of the module whose ``_extra_state`` goes with the tensor; None where there is none.
+    """
+
+    rule: Rule
+    parts: Expanded
+    key: str
+    module: str | None
+
+
 def _enumerate(
     family: Family, dims: Dims, flags: frozenset[str], stacks: Mapping[str, Sequence[Layer]], layout: Layout
-) -> Iterator[tuple[Rule, Expanded, Mapping[str, int], int | None]]:
+) -> Iterator[tuple[_Member, Placeholders, int | None]]:
     """Every rule as often as it applies, in the order of an export, with what its placeholders stand for.
 
-    The last of the four is the place on a leading axis of layers, where there is one.
+    The last of the three is the place on a leading axis of layers, where there is one.
     """
-    expanded: dict[tuple[int, tuple[tuple[str, int], ...]], Expanded] = {}
 
-    def parts_of(rule: Rule, layer: Layer | None) -> Expanded:
-        key = (id(rule), tuple(sorted(layer.dims.items())) if layer else ())
-        if key not in expanded:
-            parts = expand(rule.parts, {**dims, **layer.dims} if layer else dims)
-            stacked = rule.stack == "i" and layout is Layout.STACKED
-            expanded[key] = parts.stack(dims["L"]) if stacked else parts
-        return expanded[key]
+    def member(rule: Rule, layer: Layer) -> _Member:
+        parts, key = expand(rule.parts, {**dims, **layer.dims}), rule.mcore
+        if rule.stack == "i" and layout is Layout.STACKED:
+            parts, key = parts.stack(dims["L"]), key.replace("{i}.", "")
+        return _Member(rule, parts, key, extra_state_module(key))
 
-    alone = [rule for rule in family.rules if not rule.stack]
+    def alone(rules: Iterable[Rule]) -> Iterator[tuple[_Member, Placeholders, int | None]]:
+        return ((member(rule, Layer()), (), None) for rule in rules if not rule.stack and holds(rule.when, flags))
+
     first = next((k for k, rule in enumerate(family.rules) if rule.stack), len(family.rules))
-    before = [rule for rule in family.rules[:first] if holds(rule.when, flags)]
-    yield from ((rule, parts_of(rule, None), {}, None) for rule in before)
+    yield from alone(family.rules[:first])
     for stack in ("i", "k", "j"):
         rules = [rule for rule in family.rules if rule.stack == stack]
+        alike: dict[object, list[_Member]] = {}
         for place, layer in enumerate(stacks.get(stack, ())):
-            names = {stack: place, **layer.names}
-            for rule in rules:
-                if holds(rule.when, flags | layer.kinds):
-                    yield rule, parts_of(rule, layer), names, place if parts_of(rule, layer).stacked else None
-    yield from (
-        (rule, parts_of(rule, None), {}, None) for rule in alone if rule not in before and holds(rule.when, flags)
-    )
+            kind = layer.kinds, tuple(layer.dims.items())
+            if kind not in alike:
+                alike[kind] = [member(rule, layer) for rule in rules if holds(rule.when, flags | layer.kinds)]
+            names = placeholders({stack: place, **layer.names})
+            for each in alike[kind]:
+                yield each, names, place if each.parts.stacked else None
+    yield from alone(family.rules[first:])
 
 
 def _without_prediction(fields: Mapping[str, object]) -> dict[str, object]:
@@ -251,7 +267,8 @@ def _prove(tiles: list[Tile], hf: Mapping[str, Shape], mcore: Mapping[str, Shape
     for shapes, is_mcore in ((hf, False), (mcore, True)):
         on: dict[str, list[Tile]] = {name: [] for name in shapes}
         for tile in tiles:
-            on[(tile.mcore if is_mcore else tile.hf).tensor].append(tile)
+            _, *sides = tile
+            on[sides[is_mcore].tensor].append(tile)
         for name, shape in shapes.items():
             fault = cover_fault(shape, on[name], mcore=is_mcore)
             if fault:

@@ -214,7 +214,7 @@ class Expanded(NamedTuple):
         return Expanded((num_layers, *self.mcore_shape), grids, self.num_indexed, stacked=True)
 
     def tiles(
-        self, mcore: str, names: Mapping[str, int], layer: int | None, known: Mapping[str, str]
+        self, mcore: str, names: Placeholders, layer: int | None, known: Mapping[str, str]
     ) -> Iterator[tuple[Shape, Tile]]:
         """The tiles of one layer, each with the shape of its Hugging Face tensor.
 
@@ -237,10 +237,19 @@ class Expanded(NamedTuple):
                 yield shape, Tile(sizes, Side(known.get(name, name), hf_base, hf_steps), Side(mcore, base, steps))
 
 
-def fill(template: str, names: Mapping[str, int]) -> str:
+# Placeholders of templates as they stand in them, and what they stand for: ``("{i}", "5")``.
+Placeholders = tuple[tuple[str, str], ...]
+
+
+def placeholders(numbers: Mapping[str, int]) -> Placeholders:
+    """The placeholders with these letters."""
+    return tuple((f"{{{letter}}}", str(number)) for letter, number in numbers.items())
+
+
+def fill(template: str, names: Placeholders) -> str:
     """The name that a template is for these values of its placeholders."""
-    for letter, value in names.items():
-        template = template.replace(f"{{{letter}}}", str(value))
+    for placeholder, value in names:
+        template = template.replace(placeholder, value)
     return template
 
 

@@ -12,6 +12,7 @@ MARK, BUILD, REDUCE, STOP, BINPERSID = b"(", b"b", b"R", b".", b"Q"
 TUPLE, APPENDS, SETITEMS = b"t", b"e", b"u"
 EMPTY_LIST, EMPTY_TUPLE, EMPTY_DICT = b"]", b")", b"}"
 NONE, TRUE, FALSE = b"N", b"\x88", b"\x89"
+_UINT16, _UINT32, _INT32 = (struct.Struct(kind).pack for kind in ("<H", "<I", "<i"))
 NEW_OBJECT = b")\x81"  # EMPTY_TUPLE NEWOBJ: an instance of the class before it, made without arguments
 
 
@@ -33,12 +34,20 @@ class PickleWriter:
 
     def memoise(self, key: Hashable, definition: bytes) -> bytes:
         """`definition`, remembered under `key`, so that `recall` finds it."""
-        index = self._num_memoised
+        number, opcodes = self._define(definition)
+        self._memo[key] = fetch(number)
+        return opcodes
+
+    def define(self, value: str) -> tuple[int, bytes]:
+        """A string that is to be fetched by its number in the memo and not by its value, which takes no memory."""
+        return self._define(self._spell(value))
+
+    def _define(self, definition: bytes) -> tuple[int, bytes]:
+        number = self._num_memoised
         self._num_memoised += 1
-        self._memo[key] = b"h" + bytes((index,)) if index < 256 else b"j" + struct.pack("<I", index)
         if self._protocol >= 4:
-            return definition + b"\x94"
-        return definition + (b"q" + bytes((index,)) if index < 256 else b"r" + struct.pack("<I", index))
+            return number, definition + b"\x94"
+        return number, definition + (b"q" + bytes((number,)) if number < 256 else b"r" + _UINT32(number))
 
     def recall(self, key: Hashable) -> bytes | None:
         """The opcodes that fetch what was memoised under `key`, or None."""
@@ -49,10 +58,13 @@ class PickleWriter:
         known = self._memo.get(value)
         if known is not None:
             return known
+        return self.memoise(value, self._spell(value))
+
+    def _spell(self, value: str) -> bytes:
         data = value.encode("utf-8", "surrogatepass")
         if self._protocol >= 4 and len(data) < 256:
-            return self.memoise(value, b"\x8c" + bytes((len(data),)) + data)
-        return self.memoise(value, b"X" + struct.pack("<I", len(data)) + data)
+            return b"\x8c" + bytes((len(data),)) + data
+        return b"X" + _UINT32(len(data)) + data
 
     def reference(self, module: str, name: str) -> bytes:
         """The global `module.name`."""
@@ -83,14 +95,19 @@ class PickleWriter:
         return b"".join((*parts, SETITEMS, BUILD))
 
 
+def fetch(number: int) -> bytes:
+    """What has this number in the memo."""
+    return b"h" + bytes((number,)) if number < 256 else b"j" + _UINT32(number)
+
+
 def integer(value: int) -> bytes:
     """An integer, in the shortest form."""
     if 0 <= value < 256:
         return b"K" + bytes((value,))
     if 0 <= value < 65536:
-        return b"M" + struct.pack("<H", value)
+        return b"M" + _UINT16(value)
     if -(2**31) <= value < 2**31:
-        return b"J" + struct.pack("<i", value)
+        return b"J" + _INT32(value)
     data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
     return b"\x8a" + bytes((len(data),)) + data
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from operator import mul
 from typing import TYPE_CHECKING
 
-from shardway.core.boxes import Box, hull, row_major_strides, span
+from shardway.core.boxes import Box, hull, row_major_strides, span, whole
 from shardway.core.errors import Code
 from shardway.core.tiles import reach
 from shardway.families.parallel import UnevenError, loaded_boxes
@@ -24,7 +25,7 @@ _SPREAD_FILES = 16
 _SPREAD_BYTES = 64 * 2**20
 
 
-def chunk_boxes(shape: Shape, tiles: Sequence[Tile], max_elements: int) -> list[Box]:
+def chunk_boxes(shape: Shape, tiles: Sequence[Tile], max_elements: int) -> list[tuple[Box, Sequence[Tile]]]:
     """Cut a Megatron tensor into the chunks that an import writes.
 
     A chunk is what one layer's tiles fill together: interleaved parts (query, key, value) share one, parts that lie
@@ -36,21 +37,33 @@ def chunk_boxes(shape: Shape, tiles: Sequence[Tile], max_elements: int) -> list[
         max_elements: No chunk gets more elements than this.
 
     Returns:
-        Boxes that are contiguous in row-major order and cover the tensor exactly once, by rising position.
+        Boxes that are contiguous in row-major order and cover the tensor exactly once, by rising position; with each
+        the tiles that may reach into it, by rising position.
     """
     strides = row_major_strides(shape)
-    hulls = []
-    for tile in tiles:
-        box = Box(tile.mcore.base, reach(tile.sizes, tile.mcore.steps, len(shape)))
-        hulls.append((*span(box, strides), box))
-    hulls.sort()
-    merged: list[tuple[int, Box]] = []
-    for first, last, box in hulls:
-        if merged and first <= merged[-1][0]:
-            merged[-1] = (max(merged[-1][0], last), hull((merged[-1][1], box)))
+    spans = []
+    lengths: dict[Shape, int] = {}
+    for number, (sizes, _, (_, base, steps)) in enumerate(tiles):
+        extent = reach(sizes, steps, len(shape))
+        if extent not in lengths:
+            first, last = span(whole(extent), strides)
+            lengths[extent] = last - first
+        first = sum(map(mul, base, strides))
+        spans.append((first, first + lengths[extent], number, extent))
+    spans.sort()
+    groups: list[tuple[list[Box], list[Tile]]] = []
+    reached = -1
+    for first, last, number, extent in spans:
+        tile = tiles[number]
+        box = Box(tile.mcore.base, extent)
+        if first > reached:
+            groups.append(([box], [tile]))
         else:
-            merged.append((last, box))
-    return [part for _, box in merged for part in split_box(box, max_elements)]
+            boxes, on_them = groups[-1]
+            boxes.append(box)
+            on_them.append(tile)
+        reached = max(reached, last)
+    return [(part, on_them) for boxes, on_them in groups for part in split_box(hull(boxes), max_elements)]
 
 
 def shard_boxes(key: str, shape: Shape, parallel: Parallelism | None, problems: Problems) -> list[Box] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.core.collector import collector_paused
@@ -22,14 +23,13 @@ from shardway.plans.chunking import chunk_boxes, shard_boxes, split_box
 from shardway.plans.laying import Blob, Described, lay_out
 from shardway.plans.matching import match_huggingface
 from shardway.plans.model import Direction, Plan
-from shardway.plans.streams import BLOCK_BYTES, build_streams
+from shardway.plans.streams import BLOCK_BYTES, build_streams, chunk_streams
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from shardway.core.dtypes import DType
-    from shardway.core.tensors import Shape
     from shardway.core.tiles import Tile
     from shardway.families.mapping import ModelMapping
     from shardway.families.parallel import Parallelism
@@ -88,7 +88,7 @@ def plan_import(
     dtypes = _dtypes(source.catalog.tensors, mapping, options.dtype, problems)
     problems.raise_if_any()
 
-    laid = _lay_out(source, mapping, dtypes, options)
+    laid, order = _lay_out(source, mapping, dtypes, options)
     catalog = Catalog(
         root=destination,
         tensors={
@@ -96,6 +96,11 @@ def plan_import(
             for key, shape in mapping.mcore.items()
         },
     )
+    if options.parallel is None:
+        streams = chunk_streams(order, source.catalog.tensors, catalog.tensors)
+    else:
+        streams = build_streams(mapping.tiles, source.catalog.tensors, catalog.tensors, importing=True)
+    del order  # so that what is planned next has its memory
     trained_in = options.dtype.name if options.dtype is not None else _usual_dtype(source.catalog.tensors)
     args = _args(mapping, trained_in, options) if options.megatron_lm else None
     small_files = {
@@ -119,13 +124,14 @@ def plan_import(
         direction=Direction.IMPORT,
         hf=source.catalog,
         mcore=catalog,
-        streams=build_streams(mapping.tiles, source.catalog.tensors, catalog.tensors, laid.blob_offset),
+        streams=streams,
         targets=tuple(laid.targets),
         small_files=small_files,
         copied_files=tuple(copied.items()),
         shifts=mapping.shifts,
         copies=matched.copies,
         notes=tuple(_notes(source, mapping, options.dtype, matched.left_out)),
+        blob_offset=laid.blob_offset,
         quantised=source.quantised,
     )
 
@@ -203,38 +209,46 @@ def _lay_out(
     mapping: ModelMapping,
     dtypes: Mapping[str, DType],
     options: ImportOptions,
-) -> Laid:
-    """Give every chunk its file and place, in the order of the model's layers."""
+) -> tuple[Laid, list[tuple[str, Sequence[Tile]]]]:
+    """Give every chunk its file and place, in the order of the model's layers.
+
+    Returns:
+        Where everything goes; and of each chunk, in order, the key of its tensor and the tiles that reach into it, or
+        all of the tensor's where chunks are cut for a job.
+    """
     on: dict[str, list[Tile]] = {}
     for tile in mapping.tiles:
         on.setdefault(tile.mcore.tensor, []).append(tile)
     order = {name: place for place, name in enumerate(mapping.hf)}
+    tensors = source.catalog.tensors
     most = max(options.max_file_bytes - _MAX_FRAME_BYTES, BLOCK_BYTES)
     problems = Problems()
-    blobs = []
+    blobs: list[tuple[int, Blob, Sequence[Tile]]] = []
     for key, shape in mapping.mcore.items():
         dtype = dtypes[key]
         boxes = shard_boxes(key, shape, options.parallel, problems)
         if boxes is None:
-            boxes = chunk_boxes(shape, on[key], most // dtype.itemsize)
+            cut = chunk_boxes(shape, on[key], most // dtype.itemsize)
         else:
-            boxes = [part for box in boxes for part in split_box(box, most // dtype.itemsize)]
+            cut = [(part, on[key]) for box in boxes for part in split_box(box, most // dtype.itemsize)]
         first = {tile.mcore.base: tile for tile in on[key]}
         tile = on[key][0]
-        for box in boxes:
+        for box, tiles in cut:
             tile = first.get(box.start, tile)
-            align, phase = _phase(source.catalog.tensors[tile.hf.tensor], box.size, dtype)
-            blobs.append((order[tile.hf.tensor], Blob(key, box, dtype, align, phase)))
+            align, phase = _phase(tensors[tile.hf.tensor], math.prod(box.size) * dtype.itemsize, dtype)
+            blobs.append((order[tile.hf.tensor], Blob(key, box, dtype, align, phase), tiles))
     problems.raise_if_any()
-    blobs.sort(key=lambda blob: (blob[0], blob[1].key, blob[1].box))
-    return lay_out([blob for _, blob in blobs], [extra_state()], options.max_file_bytes)
+    blobs.sort(key=itemgetter(0, 1))
+    laid = lay_out([blob for _, blob, _ in blobs], [extra_state()], options.max_file_bytes)
+    return laid, [(blob.key, tiles) for _, blob, tiles in blobs]
 
 
-def _phase(tensor: StoredTensor, size: Shape, dtype: DType) -> tuple[int, int]:
+def _phase(tensor: StoredTensor, num_bytes: int, dtype: DType) -> tuple[int, int]:
     """Alignment and place in it of a chunk's first element, so that a filesystem can share the source's blocks."""
+    if num_bytes < _ALIGN_WORTHWHILE_BYTES or dtype is not tensor.dtype:
+        return _ALIGN, 0
     offset = tensor.chunks[0].offset
-    worthwhile = dtype is tensor.dtype and math.prod(size) * dtype.itemsize >= _ALIGN_WORTHWHILE_BYTES
-    return (BLOCK_BYTES, offset % BLOCK_BYTES) if worthwhile and offset % 8 == 0 else (_ALIGN, 0)
+    return (BLOCK_BYTES, offset % BLOCK_BYTES) if offset % 8 == 0 else (_ALIGN, 0)
 
 
 def _notes(

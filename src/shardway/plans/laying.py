@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from bisect import bisect_right
 from collections.abc import Mapping
@@ -110,7 +111,7 @@ def lay_out(blobs: Sequence[Blob], objects: Sequence[bytes], max_file_bytes: int
         at += len(contents)
     last = 0
     edges = laid.edges[name] = array("Q")
-    sizes = [blob.box.num_elements * blob.dtype.itemsize for blob in blobs]
+    sizes = [math.prod(box.size) * dtype.itemsize for _, box, dtype, _, _ in blobs]
     for number, (key, box, dtype, align, phase) in zip(assign_files(sizes, max_file_bytes), blobs, strict=True):
         head, length = tensor_blob_extent(dtype, box.size, offset=at, align=align, phase=phase)
         if number != last or (at and at + length > max_file_bytes):

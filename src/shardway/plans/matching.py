@@ -56,7 +56,8 @@ def match_huggingface(mapping: ModelMapping, tensors: Mapping[str, StoredTensor]
             left_out.append(name)
         else:
             unexpected.append(name)
-    _count_layers(mapping.hf, tensors, "config.json", problems)
+    if unexpected or not mapping.hf.keys() <= tensors.keys():
+        _count_layers(mapping.hf, tensors, "config.json", problems)
     quantised = [name for name in unexpected if _QUANTISED.search(name)]
     scales = f"scales found: {', '.join(map(printable, quantised[:3])) or 'none'}"
     _match(mapping.hf, tensors, unexpected, problems)
@@ -92,7 +93,8 @@ def match_megatron(mapping: ModelMapping, tensors: Mapping[str, StoredTensor], p
         problems: Receives everything that is wrong.
     """
     unexpected = [name for name in tensors if name not in mapping.mcore]
-    _count_layers(mapping.mcore, tensors, "the config", problems)
+    if unexpected or not mapping.mcore.keys() <= tensors.keys():
+        _count_layers(mapping.mcore, tensors, "the config", problems)
     _match(mapping.mcore, tensors, unexpected, problems)
 
 

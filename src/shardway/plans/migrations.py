@@ -132,10 +132,11 @@ def plan_migration(
         direction=Direction.IMPORT,
         hf=Catalog(root=source.catalog.root, tensors=stored),
         mcore=catalog,
-        streams=build_streams(relaid.tiles, stored, tensors, laid.blob_offset),
+        streams=build_streams(relaid.tiles, stored, tensors, importing=True),
         targets=tuple(laid.targets),
         small_files=small_files,
         copied_files=tuple((name, name) for name in others),
+        blob_offset=laid.blob_offset,
     )
     expected = {
         (cut.blob.key, cut.blob.box.start): digest

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import enum
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from shardway.core.boxes import Box
     from shardway.core.dtypes import DType
@@ -42,21 +43,28 @@ class Stream(NamedTuple):
         dtype: Its element type.
         box: The slab; its chunks cover it exactly once.
         chunks: Where it lies on the Megatron side. One, unless chunks interleave (tensor-parallel columns).
-        pieces: Where it lies on the Hugging Face side.
-        blob_offsets: For each chunk that is to be written, the byte offset in its file of the blob that frames it.
+        cut: Finds the pieces; it is the longest part of making a stream, and many who look at streams don't ask.
     """
 
     tensor: str
     dtype: DType
     box: Box
     chunks: tuple[Chunk, ...]
-    pieces: tuple[Piece, ...]
-    blob_offsets: tuple[int, ...] = ()
+    cut: Callable[[], tuple[Piece, ...]]
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """Where it lies on the Hugging Face side; found anew each time."""
+        return self.cut()
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the slab on the Megatron side."""
-        return self.dtype.num_bytes(self.box.num_elements)
+        return self.dtype.num_bytes(math.prod(self.box.size))
+
+
+def _no_blob(chunk: Chunk) -> int:
+    raise RuntimeError(f"no blob frames {chunk}: it is not to be written")
 
 
 class TargetFile(NamedTuple):
@@ -80,13 +88,15 @@ class Plan(NamedTuple):
         direction: Which side is read.
         hf: The tensors of the Hugging Face side, where they are or will be.
         mcore: The same of the Megatron side.
-        streams: The work, in the order of the Megatron files; they may be made when they are asked for, and not kept.
+        streams: The work, file by file in the order of the bytes of the Megatron side; they may be made when they are
+            asked for, and not kept.
         targets: The large files to be created.
         small_files: Further files of the destination, whole: path relative to its root and contents.
         copied_files: Files to be copied as they are: destination path and source path, each relative to its root.
         shifts: Megatron tensors whose values are the source's plus a number, computed in float32, and that number.
         copies: Hugging Face tensors that must be bit-equal copies of another one before anything is published.
         notes: What a user should know about the result, one sentence each.
+        blob_offset: Of a chunk that is to be written, the byte offset in its file of the blob that frames it.
         quantised: Hugging Face tensors whose values are computed from what is stored, and what that is.
         requantised: Of an export: what is quantised; no stream writes it.
     """
@@ -101,6 +111,7 @@ class Plan(NamedTuple):
     shifts: Mapping[str, float] = {}
     copies: Mapping[str, str] = {}
     notes: tuple[str, ...] = ()
+    blob_offset: Callable[[Chunk], int] = _no_blob
     quantised: Mapping[str, Quantised] = {}
     requantised: Requantised | None = None
 

@@ -6,6 +6,7 @@ import math
 from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, overload
 
 from shardway.core.boxes import UNPROVEN, Box, exact_cover, hull, row_major_strides, span, whole
@@ -16,12 +17,13 @@ from shardway.plans.combs import keep_whole
 from shardway.plans.model import Piece, Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
 
     from shardway.core.dtypes import DType
     from shardway.core.tensors import Chunk, Shape, StoredTensor
     from shardway.core.tiles import Tile
     from shardway.formats.torch_file import TensorFrame
+    from shardway.plans.model import Plan
 
 # Extents can be shared between files only in whole filesystem blocks, at the same place within a block on both sides.
 BLOCK_BYTES = 4096
@@ -64,7 +66,8 @@ def build_streams(
     tiles: Iterable[Tile],
     hf: Mapping[str, StoredTensor],
     mcore: Mapping[str, StoredTensor],
-    blob_offset: Callable[[Chunk], int] | None = None,
+    *,
+    importing: bool = False,
 ) -> Streams:
     """Cut tiles into streams.
 
@@ -72,7 +75,8 @@ def build_streams(
         tiles: The mosaic; tiles of tensors that `mcore` lacks are left out.
         hf: The tensors of the Hugging Face side; their chunks cover them exactly once.
         mcore: The tensors of the Megatron side; likewise.
-        blob_offset: Where the blob of a chunk of `mcore` starts in its file, if it is to be written.
+        importing: Whether it is the chunks that are to be written. If not, what an export can write in one piece only
+            together stays together.
 
     Returns:
         Streams that together hold every element of every tensor in `mcore` once, ordered by file and offset.
@@ -80,16 +84,15 @@ def build_streams(
     on: dict[str, list[Tile]] = {}
     for tile in tiles:
         on.setdefault(tile.mcore.tensor, []).append(tile)
-    table = _Table(hf, blob_offset)
-    for name, tensor in mcore.items():
+    table = _Table(tuple(mcore.values()), hf)
+    for tensor_number, (name, tensor) in enumerate(mcore.items()):
         strides = row_major_strides(tensor.shape)
         on_it = on.pop(name, [])
         found = slabs(tensor)
-        if blob_offset is None:
+        if not importing:
             found = _with_whole_combs(found, on_it, hf, tensor.shape)
         waiting = sorted(((*span(_box(tile), strides), k, tile) for k, tile in enumerate(on_it)), reverse=True)
         live: list[tuple[int, int]] = []
-        table.tensors.append(tensor)
         for box, chunks in found:
             first, last = span(box, strides)
             live = [(end, number) for end, number in live if end >= first]
@@ -98,24 +101,46 @@ def build_streams(
                 if end >= first:
                     live.append((end, len(table.tiles)))
                     table.tiles.append(tile)
-            table.add(chunks, [number for _, number in live])
+            table.add(tensor_number, chunks, [number for _, number in live])
     return Streams(table, array("I", sorted(range(len(table)), key=table.place)))
+
+
+def chunk_streams(
+    order: Iterable[tuple[str, Sequence[Tile]]], hf: Mapping[str, StoredTensor], mcore: Mapping[str, StoredTensor]
+) -> Streams:
+    """A stream for each chunk: what `build_streams` makes of chunks that are contiguous in their tensors.
+
+    Args:
+        order: The key of each chunk's tensor, in the order in which they lie in the files, and the tiles that reach
+            into it; some that don't are no harm.
+        hf: The tensors of the Hugging Face side; their chunks cover them exactly once.
+        mcore: The tensors of the Megatron side; the chunks of each are in that order too.
+    """
+    table = _Table(tuple(mcore.values()), hf)
+    chunks = {key: (number, iter(tensor.chunks)) for number, (key, tensor) in enumerate(mcore.items())}
+    for key, tiles in order:
+        tensor_number, following = chunks[key]
+        chunk = next(following)
+        if math.prod(chunk.size):
+            past = len(table.tiles)
+            table.tiles += tiles
+            table.add(tensor_number, (chunk,), range(past, past + len(tiles)))
+    return Streams(table, range(len(table)))
 
 
 class _Table:
     """What streams are made from: numbers, which take a tenth of the memory that the streams would.
 
     Args:
+        tensors: The tensors of the Megatron side.
         hf: The tensors of the Hugging Face side.
-        blob_offset: Where the blob of a chunk starts, if chunks are to be written.
     """
 
-    def __init__(self, hf: Mapping[str, StoredTensor], blob_offset: Callable[[Chunk], int] | None) -> None:
-        self.tensors: list[StoredTensor] = []
+    def __init__(self, tensors: Sequence[StoredTensor], hf: Mapping[str, StoredTensor]) -> None:
         self.tiles: list[Tile] = []
+        self._tensors = tensors
         self._hf = hf
         self._finders = {name: _ChunkFinder(tensor) for name, tensor in hf.items() if len(tensor.chunks) > 1}
-        self._blob_offset = blob_offset
         self._chunks: list[Chunk] = []
         self._tile_numbers = array("I")
         # For each stream, the number of its tensor, and how many chunks and numbers of tiles are those of it or before.
@@ -131,11 +156,11 @@ class _Table:
         chunk = self._chunks[self._past_chunk[number - 1] if number else 0]
         return chunk.file, chunk.offset
 
-    def add(self, chunks: tuple[Chunk, ...], tile_numbers: Iterable[int]) -> None:
-        """Add a stream of the last tensor: its chunks, and the tiles that may reach into it."""
+    def add(self, tensor_number: int, chunks: tuple[Chunk, ...], tile_numbers: Iterable[int]) -> None:
+        """Add a stream: the number of its tensor, its chunks, and the tiles that may reach into it."""
         self._chunks += chunks
         self._tile_numbers.extend(tile_numbers)
-        self._tensor_numbers.append(len(self.tensors) - 1)
+        self._tensor_numbers.append(tensor_number)
         self._past_chunk.append(len(self._chunks))
         self._past_tile.append(len(self._tile_numbers))
 
@@ -143,7 +168,10 @@ class _Table:
         begin, end = self._past_chunk[number - 1] if number else 0, self._past_chunk[number]
         chunks = tuple(self._chunks[begin:end])
         box = hull([Box(chunk.start, chunk.size) for chunk in chunks])
-        tensor = self.tensors[self._tensor_numbers[number]]
+        name, dtype, *_ = self._tensors[self._tensor_numbers[number]]
+        return Stream(name, dtype, box, chunks, partial(self._pieces, number, box))
+
+    def _pieces(self, number: int, box: Box) -> tuple[Piece, ...]:
         pieces: list[Piece] = []
         for place in range(self._past_tile[number - 1] if number else 0, self._past_tile[number]):
             for cut in restrict(self.tiles[self._tile_numbers[place]], box, mcore=True):
@@ -152,8 +180,7 @@ class _Table:
                     pieces.append(Piece(cut, source.chunks[0]))
                 else:
                     pieces += self._finders[cut.hf.tensor].pieces(cut)
-        blob_offsets = () if self._blob_offset is None else tuple(map(self._blob_offset, chunks))
-        return Stream(tensor.name, tensor.dtype, box, chunks, tuple(pieces), blob_offsets)
+        return tuple(pieces)
 
 
 class Streams(Sequence[Stream]):
@@ -199,16 +226,11 @@ def _with_whole_combs(
     ]
 
 
-def frame(stream: Stream, number: int) -> TensorFrame:
-    """The bytes around chunk `number` of a stream that is being imported, as they were planned."""
-    return blob_frame(stream.dtype, stream.chunks[number], stream.blob_offsets[number])
-
-
-def blob_frame(dtype: DType, chunk: Chunk, blob_offset: int) -> TensorFrame:
-    """The bytes around a chunk that is being imported and whose blob starts at `blob_offset`, as they were planned."""
+def frame(plan: Plan, dtype: DType, chunk: Chunk) -> tuple[int, TensorFrame]:
+    """Where the blob of a chunk that is to be written starts in its file, and the bytes around the chunk."""
+    at = plan.blob_offset(chunk)
     # With the chunk's own offset as the phase, any alignment above the planned padding gives the planned padding.
-    phase = chunk.offset % BLOCK_BYTES
-    return tensor_blob_frame(dtype, chunk.size, offset=blob_offset, align=BLOCK_BYTES, phase=phase)
+    return at, tensor_blob_frame(dtype, chunk.size, offset=at, align=BLOCK_BYTES, phase=chunk.offset % BLOCK_BYTES)
 
 
 def slabs(tensor: StoredTensor) -> list[tuple[Box, tuple[Chunk, ...]]]:

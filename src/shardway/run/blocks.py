@@ -62,14 +62,15 @@ def move_blocks(
     for block in blocks_of(stream, plan):
         if importing:
             memory = read_pieces(plan, stream, block, hf, losses)
-            _write_chunks(stream, block, memory.reshape(block.size), mcore, hashers, done)
+            _write_chunks(plan, stream, block, memory.reshape(block.size), mcore, hashers, done)
         else:
             memory = read_chunks(stream, block, mcore, hashers, done)
             _write_pieces(plan, stream, block, hf, memory, losses)
         advance(memory.nbytes)
     if importing:
         for k, chunk in enumerate(stream.chunks):
-            mcore.write_from(chunk.file, frame(stream, k).tail, chunk.offset + done[k])
+            _, (_, tail, _) = frame(plan, stream.dtype, chunk)
+            mcore.write_from(chunk.file, tail, chunk.offset + done[k])
     return [str(hasher.hexdigest()) for hasher in hashers]
 
 
@@ -114,14 +115,21 @@ def read_chunks(stream: Stream, block: Box, mcore: Files, hashers: Sequence[xxha
 
 
 def _write_chunks(
-    stream: Stream, block: Box, array: Array, mcore: Files, hashers: Sequence[xxhash.xxh3_128], done: list[int]
+    plan: Plan,
+    stream: Stream,
+    block: Box,
+    array: Array,
+    mcore: Files,
+    hashers: Sequence[xxhash.xxh3_128],
+    done: list[int],
 ) -> None:
     for k, chunk in enumerate(stream.chunks):
         inside = _overlap(block, chunk)
         if inside is None:
             continue
         if not done[k]:
-            mcore.write_from(chunk.file, frame(stream, k).head, stream.blob_offsets[k])
+            at, (head, _, _) = frame(plan, stream.dtype, chunk)
+            mcore.write_from(chunk.file, head, at)
         view = np.ascontiguousarray(array[inside]).reshape(-1).view(np.uint8).data
         mcore.write_from(chunk.file, view, chunk.offset + done[k])
         hashers[k].update(view)

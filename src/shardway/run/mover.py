@@ -119,11 +119,10 @@ class Mover:
     def _import(self, stream: Stream, found: list[Run]) -> str:
         """Gather the runs into a new chunk, framed as a torch.save blob; return the digest of the chunk's bytes."""
         chunk = stream.chunks[0]
-        head, tail, _ = frame(stream, 0)
+        at, (head, tail, _) = frame(self._plan, stream.dtype, chunk)
         hasher = xxhash.xxh3_128()
         if self._cloner.supported and stream.num_bytes >= _WORTH_SHARING_BYTES:
             return self._share(stream, found, head, tail)
-        at = stream.blob_offsets[0]
         buffer = self._buffer(found[0].offset - len(head) if found else 0, at)
         data = fill = len(head)
         buffer[:fill] = head
@@ -151,7 +150,7 @@ class Mover:
         """Import a chunk whose whole blocks appear in the file without a copy; every byte is read for the digest."""
         chunk = stream.chunks[0]
         hasher = xxhash.xxh3_128()
-        self._mcore.write_from(chunk.file, head, stream.blob_offsets[0])
+        self._mcore.write_from(chunk.file, head, chunk.offset - len(head))
         for run in found:
             place = chunk.offset + run.chunk_offset
             buffer = self._buffer(run.offset, place)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import xxhash
 
 from shardway.formats.record import FileDigest
-from shardway.plans.streams import blob_frame
+from shardway.plans.streams import frame
 from shardway.run.files import failing
 
 if TYPE_CHECKING:
@@ -57,16 +58,12 @@ def _digest_file(path: Path) -> FileDigest:
 def _digest_targets(plan: Plan) -> Mapping[str, FileDigest]:
     hashers = {target.name: xxhash.xxh3_128() for target in plan.targets}
     literals = {target.name: list(target.literals) for target in plan.targets}
-    blobs = (
-        (chunk.file, at, chunk, stream.dtype)
-        for stream in plan.streams
-        for chunk, at in zip(stream.chunks, stream.blob_offsets, strict=True)
-    )
-    for file, at, chunk, dtype in sorted(blobs, key=lambda blob: blob[:2]):
+    blobs = ((chunk.file, chunk.offset, chunk, stream.dtype) for stream in plan.streams for chunk in stream.chunks)
+    for file, _, chunk, dtype in sorted(blobs, key=itemgetter(0, 1)):
         hasher, waiting = hashers[file], literals[file]
+        at, (head, tail, _) = frame(plan, dtype, chunk)
         while waiting and waiting[0][0] < at:
             hasher.update(waiting.pop(0)[1])
-        head, tail, _ = blob_frame(dtype, chunk, at)
         hasher.update(head)
         hasher.update(tail)
     for name, waiting in literals.items():

@@ -98,7 +98,7 @@ def _damaged_imports(
     streams = Selection(plan.streams, array("I", there))
     meter = Meter("resume", sum(stream.num_bytes for stream in streams), progress)
     with Files(written) as files:
-        checker = _Checker(files, whole, meter.advance)
+        checker = _Checker(plan, files, whole, meter.advance)
         Engine(batches(streams), lambda: checker, num_workers).run()
     return checker.damaged
 
@@ -106,8 +106,11 @@ def _damaged_imports(
 class _Checker:
     """Reads the chunks of an import back; any thread may use it."""
 
-    def __init__(self, files: Files, whole: dict[str, ChunkDigests], advance: Callable[[int], None]) -> None:
+    def __init__(
+        self, plan: Plan, files: Files, whole: dict[str, ChunkDigests], advance: Callable[[int], None]
+    ) -> None:
         self.damaged: set[str] = set()
+        self._plan = plan
         self._files = files
         self._whole = whole
         self._advance = advance
@@ -115,14 +118,14 @@ class _Checker:
 
     def move(self, stream: Stream) -> None:
         """Check the chunks of one stream."""
-        for number, chunk in enumerate(stream.chunks):
-            head, tail, _ = frame(stream, number)
+        for chunk in stream.chunks:
+            at, (head, tail, _) = frame(self._plan, stream.dtype, chunk)
             num_bytes = stream.dtype.num_bytes(math.prod(chunk.size))
             try:
                 digest = self._digest(chunk.file, chunk.offset, num_bytes)
                 whole = (
                     digest == self._whole[chunk.file].get((stream.tensor, chunk.start))
-                    and self._read(chunk.file, stream.blob_offsets[number], len(head)) == head
+                    and self._read(chunk.file, at, len(head)) == head
                     and self._read(chunk.file, chunk.offset + num_bytes, len(tail)) == tail
                 )
             except ShardwayError:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def stream(file: str, number: int, num_bytes: int = 1) -> Stream:
     box = Box((0,), (num_bytes,))
-    return Stream(f"{file}.{number}", UINT8, box, (Chunk((0,), (num_bytes,), file, number),), ())
+    return Stream(f"{file}.{number}", UINT8, box, (Chunk((0,), (num_bytes,), file, number),), tuple)
 
 
 class Worker:

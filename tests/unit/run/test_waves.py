@@ -27,7 +27,7 @@ def stream(number: int, *files: str) -> Stream:
     """A stream that reads from some files."""
     tile = identity(f"hf{number}", f"m{number}", (4,))
     pieces = tuple(Piece(tile, Chunk((0,), (4,), file, 0)) for file in files)
-    return Stream(f"m{number}", BFLOAT16, whole((4,)), (Chunk((0,), (4,), "out", 8 * number),), pieces)
+    return Stream(f"m{number}", BFLOAT16, whole((4,)), (Chunk((0,), (4,), "out", 8 * number),), lambda: pieces)
 
 
 def check(streams: list[Stream], waves: list[Wave]) -> None:
