@@ -31,7 +31,7 @@ from shardway.formats.saved_objects import (
     write_torch_file,
 )
 from shardway.formats.small_files import read_small_file
-from shardway.formats.torch_file import read_tensor_blob
+from shardway.formats.torch_file import find_framed, read_tensor_blob
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Mapping
@@ -390,6 +390,9 @@ def _unopened(metadata: DcpMetadata, opened: Container[str]) -> dict[str, Stored
 def _find_chunk(fd: int, file: str, key: str, dtype: DType, chunk: DcpChunk, problems: Problems) -> int:
     """Byte offset in the file of a chunk's first element, or 0 and a problem."""
     _, offset, length = chunk.location
+    framed = find_framed(fd, offset, length, dtype, chunk.size)
+    if framed is not None:
+        return framed
     try:
         blob = read_tensor_blob(fd, offset, length, file=file, tensor=key)
     except ShardwayError as error:

@@ -34,6 +34,7 @@ _MAX_TENSOR_PICKLE_BYTES = 16 << 10  # of one tensor; torch writes 150 to 250 by
 _MAX_TENSOR_DIRECTORY_BYTES = 4 << 10  # of one tensor; torch writes 400 bytes for its half-dozen entries
 _ONE_READ_BYTES = 8192  # blobs up to here are read whole: one read costs less than two
 _HEAD_BYTES = 2048  # torch puts data.pkl and the header of the first tensor in the first 700 bytes
+_MAX_PADDING = 2**15  # the header counts it in 16 bits
 _TAIL_BYTES = 1024  # and 561 bytes of directory at the end
 
 
@@ -142,6 +143,30 @@ def tensor_blob_extent(dtype: DType, shape: Shape, *, offset: int, align: int, p
     template = _template(dtype, shape)
     head = template.min_head + _padding(template, offset, align, phase)
     return head, head + template.num_bytes + len(template.central) + END_BYTES
+
+
+def find_framed(fd: int, offset: int, length: int, dtype: DType, shape: Shape) -> int | None:
+    """Where the elements of a tensor lie whose blob is, byte for byte, what `tensor_blob_frame` makes; None otherwise.
+
+    A quarter of the time of `read_tensor_blob`, which understands what others have written.
+
+    Args:
+        fd: An open file.
+        offset: Byte offset of the blob in it.
+        length: Bytes of the blob.
+        dtype: Type of the elements.
+        shape: Shape of the tensor.
+    """
+    if dtype.bits % 8 or offset < 0 or not math.prod(shape) * dtype.itemsize <= length < 2**63 - offset:
+        return None
+    template = _template(dtype, shape)
+    before = length - template.num_bytes - len(template.central) - END_BYTES
+    if not template.min_head + 4 <= before <= template.min_head + _MAX_PADDING:
+        return None
+    head, tail, _ = tensor_blob_frame(dtype, shape, align=_MAX_PADDING, phase=before % _MAX_PADDING)
+    if os.pread(fd, len(head), offset) != head or os.pread(fd, len(tail), offset + length - len(tail)) != tail:
+        return None
+    return offset + len(head)
 
 
 def _padding(template: _Template, offset: int, align: int, phase: int) -> int:

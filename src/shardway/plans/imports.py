@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.core.collector import collector_paused
@@ -26,7 +25,7 @@ from shardway.plans.model import Direction, Plan
 from shardway.plans.streams import BLOCK_BYTES, build_streams, chunk_streams
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
     from pathlib import Path
 
     from shardway.core.dtypes import DType
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from shardway.families.parallel import Parallelism
     from shardway.formats.huggingface import HuggingFaceCheckpoint
     from shardway.plans.laying import Laid
+    from shardway.plans.streams import Streams
 
 HF_FOLDER = "hf"
 TOKENIZER_FOLDER = "tokenizer"
@@ -88,7 +88,7 @@ def plan_import(
     dtypes = _dtypes(source.catalog.tensors, mapping, options.dtype, problems)
     problems.raise_if_any()
 
-    laid, order = _lay_out(source, mapping, dtypes, options)
+    laid, streams = _lay_out(source, mapping, dtypes, options)
     catalog = Catalog(
         root=destination,
         tensors={
@@ -96,11 +96,8 @@ def plan_import(
             for key, shape in mapping.mcore.items()
         },
     )
-    if options.parallel is None:
-        streams = chunk_streams(order, source.catalog.tensors, catalog.tensors)
-    else:
+    if streams is None:
         streams = build_streams(mapping.tiles, source.catalog.tensors, catalog.tensors, importing=True)
-    del order  # so that what is planned next has its memory
     trained_in = options.dtype.name if options.dtype is not None else _usual_dtype(source.catalog.tensors)
     args = _args(mapping, trained_in, options) if options.megatron_lm else None
     small_files = {
@@ -209,12 +206,11 @@ def _lay_out(
     mapping: ModelMapping,
     dtypes: Mapping[str, DType],
     options: ImportOptions,
-) -> tuple[Laid, list[tuple[str, Sequence[Tile]]]]:
+) -> tuple[Laid, Streams | None]:
     """Give every chunk its file and place, in the order of the model's layers.
 
     Returns:
-        Where everything goes; and of each chunk, in order, the key of its tensor and the tiles that reach into it, or
-        all of the tensor's where chunks are cut for a job.
+        Where everything goes, and the streams, unless chunks are cut for a job.
     """
     on: dict[str, list[Tile]] = {}
     for tile in mapping.tiles:
@@ -223,7 +219,7 @@ def _lay_out(
     tensors = source.catalog.tensors
     most = max(options.max_file_bytes - _MAX_FRAME_BYTES, BLOCK_BYTES)
     problems = Problems()
-    blobs: list[tuple[int, Blob, Sequence[Tile]]] = []
+    blobs: list[Blob] = []
     for key, shape in mapping.mcore.items():
         dtype = dtypes[key]
         boxes = shard_boxes(key, shape, options.parallel, problems)
@@ -236,11 +232,11 @@ def _lay_out(
         for box, tiles in cut:
             tile = first.get(box.start, tile)
             align, phase = _phase(tensors[tile.hf.tensor], math.prod(box.size) * dtype.itemsize, dtype)
-            blobs.append((order[tile.hf.tensor], Blob(key, box, dtype, align, phase), tiles))
+            blobs.append(Blob(order[tile.hf.tensor], key, box, dtype, align, phase, tiles))
     problems.raise_if_any()
-    blobs.sort(key=itemgetter(0, 1))
-    laid = lay_out([blob for _, blob, _ in blobs], [extra_state()], options.max_file_bytes)
-    return laid, [(blob.key, tiles) for _, blob, tiles in blobs]
+    blobs.sort()
+    laid = lay_out(blobs, [extra_state()], options.max_file_bytes)
+    return laid, None if options.parallel else chunk_streams(blobs, laid.chunks, tensors)
 
 
 def _phase(tensor: StoredTensor, num_bytes: int, dtype: DType) -> tuple[int, int]:

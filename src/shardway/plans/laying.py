@@ -20,24 +20,29 @@ if TYPE_CHECKING:
     from shardway.core.boxes import Box
     from shardway.core.dtypes import DType
     from shardway.core.tensors import StoredTensor
+    from shardway.core.tiles import Tile
 
 
 class Blob(NamedTuple):
     """A chunk that is to be laid down.
 
     Attributes:
+        place: Its place in an order of blobs; those of the same are ordered by key and box.
         key: Key of its tensor.
         box: Which part of the tensor it is.
         dtype: The tensor's type.
         align: Its first element comes to lie at a multiple of this many bytes ...
         phase: ... and so many bytes.
+        tiles: The tiles that reach into it, where they are known; some that don't may be among them.
     """
 
+    place: int
     key: str
     box: Box
     dtype: DType
     align: int
     phase: int
+    tiles: Sequence[Tile] = ()
 
 
 class Laid:
@@ -111,8 +116,8 @@ def lay_out(blobs: Sequence[Blob], objects: Sequence[bytes], max_file_bytes: int
         at += len(contents)
     last = 0
     edges = laid.edges[name] = array("Q")
-    sizes = [math.prod(box.size) * dtype.itemsize for _, box, dtype, _, _ in blobs]
-    for number, (key, box, dtype, align, phase) in zip(assign_files(sizes, max_file_bytes), blobs, strict=True):
+    sizes = [math.prod(box.size) * dtype.itemsize for _, _, box, dtype, _, _, _ in blobs]
+    for number, (_, key, box, dtype, align, phase, _) in zip(assign_files(sizes, max_file_bytes), blobs, strict=True):
         head, length = tensor_blob_extent(dtype, box.size, offset=at, align=align, phase=phase)
         if number != last or (at and at + length > max_file_bytes):
             laid.targets.append(TargetFile(name, at, literals))

@@ -175,7 +175,7 @@ def _cut(stored: Mapping[str, StoredTensor], relaid: Relaid, options: MigrationO
         dtype = relaid.tensors[key][0]
         for box in boxes:
             cuts += [
-                _Cut(Blob(key, part, dtype, _ALIGN, 0), ("", number), None)
+                _Cut(Blob(0, key, part, dtype, _ALIGN, 0), ("", number), None)
                 for part in split_box(box, most // dtype.itemsize)
             ]
     for tile in relaid.tiles:
@@ -189,7 +189,7 @@ def _cut(stored: Mapping[str, StoredTensor], relaid: Relaid, options: MigrationO
                 align, phase = _phase(chunk, box, tensor) if whole else (_ALIGN, 0)
                 origin = (tensor.name, chunk.start) if whole and box.num_elements <= limit else None
                 cuts += [
-                    _Cut(Blob(key, part, tensor.dtype, align, phase), (chunk.file, chunk.offset), origin)
+                    _Cut(Blob(0, key, part, tensor.dtype, align, phase), (chunk.file, chunk.offset), origin)
                     for part in split_box(box, limit)
                 ]
     cuts.sort(key=lambda cut: cut.place)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from shardway.core.tensors import Chunk, Shape, StoredTensor
     from shardway.core.tiles import Tile
     from shardway.formats.torch_file import TensorFrame
+    from shardway.plans.laying import Blob
     from shardway.plans.model import Plan
 
 # Extents can be shared between files only in whole filesystem blocks, at the same place within a block on both sides.
@@ -84,8 +85,8 @@ def build_streams(
     on: dict[str, list[Tile]] = {}
     for tile in tiles:
         on.setdefault(tile.mcore.tensor, []).append(tile)
-    table = _Table(tuple(mcore.values()), hf)
-    for tensor_number, (name, tensor) in enumerate(mcore.items()):
+    table = _Table(hf)
+    for name, tensor in mcore.items():
         strides = row_major_strides(tensor.shape)
         on_it = on.pop(name, [])
         found = slabs(tensor)
@@ -101,30 +102,26 @@ def build_streams(
                 if end >= first:
                     live.append((end, len(table.tiles)))
                     table.tiles.append(tile)
-            table.add(tensor_number, chunks, [number for _, number in live])
+            table.add(name, tensor.dtype, chunks, [number for _, number in live])
     return Streams(table, array("I", sorted(range(len(table)), key=table.place)))
 
 
-def chunk_streams(
-    order: Iterable[tuple[str, Sequence[Tile]]], hf: Mapping[str, StoredTensor], mcore: Mapping[str, StoredTensor]
-) -> Streams:
+def chunk_streams(blobs: Iterable[Blob], chunks: Mapping[str, list[Chunk]], hf: Mapping[str, StoredTensor]) -> Streams:
     """A stream for each chunk: what `build_streams` makes of chunks that are contiguous in their tensors.
 
     Args:
-        order: The key of each chunk's tensor, in the order in which they lie in the files, and the tiles that reach
-            into it; some that don't are no harm.
+        blobs: In the order in which they lie in the files, with their tiles.
+        chunks: What has been made of them, by key and in that order.
         hf: The tensors of the Hugging Face side; their chunks cover them exactly once.
-        mcore: The tensors of the Megatron side; the chunks of each are in that order too.
     """
-    table = _Table(tuple(mcore.values()), hf)
-    chunks = {key: (number, iter(tensor.chunks)) for number, (key, tensor) in enumerate(mcore.items())}
-    for key, tiles in order:
-        tensor_number, following = chunks[key]
-        chunk = next(following)
-        if math.prod(chunk.size):
+    table = _Table(hf)
+    following = {key: iter(found) for key, found in chunks.items()}
+    for _, key, box, dtype, _, _, tiles in blobs:
+        chunk = next(following[key])
+        if math.prod(box.size):
             past = len(table.tiles)
             table.tiles += tiles
-            table.add(tensor_number, (chunk,), range(past, past + len(tiles)))
+            table.add(key, dtype, (chunk,), range(past, past + len(tiles)))
     return Streams(table, range(len(table)))
 
 
@@ -132,19 +129,18 @@ class _Table:
     """What streams are made from: numbers, which take a tenth of the memory that the streams would.
 
     Args:
-        tensors: The tensors of the Megatron side.
         hf: The tensors of the Hugging Face side.
     """
 
-    def __init__(self, tensors: Sequence[StoredTensor], hf: Mapping[str, StoredTensor]) -> None:
+    def __init__(self, hf: Mapping[str, StoredTensor]) -> None:
         self.tiles: list[Tile] = []
-        self._tensors = tensors
         self._hf = hf
         self._finders = {name: _ChunkFinder(tensor) for name, tensor in hf.items() if len(tensor.chunks) > 1}
         self._chunks: list[Chunk] = []
         self._tile_numbers = array("I")
-        # For each stream, the number of its tensor, and how many chunks and numbers of tiles are those of it or before.
-        self._tensor_numbers = array("I")
+        # For each stream, its tensor, and how many chunks and numbers of tiles are those of it or before.
+        self._names: list[str] = []
+        self._dtypes: list[DType] = []
         self._past_chunk = array("I")
         self._past_tile = array("I")
 
@@ -156,11 +152,12 @@ class _Table:
         chunk = self._chunks[self._past_chunk[number - 1] if number else 0]
         return chunk.file, chunk.offset
 
-    def add(self, tensor_number: int, chunks: tuple[Chunk, ...], tile_numbers: Iterable[int]) -> None:
-        """Add a stream: the number of its tensor, its chunks, and the tiles that may reach into it."""
+    def add(self, name: str, dtype: DType, chunks: tuple[Chunk, ...], tile_numbers: Iterable[int]) -> None:
+        """Add a stream: its tensor, its chunks, and the tiles that may reach into it."""
         self._chunks += chunks
         self._tile_numbers.extend(tile_numbers)
-        self._tensor_numbers.append(tensor_number)
+        self._names.append(name)
+        self._dtypes.append(dtype)
         self._past_chunk.append(len(self._chunks))
         self._past_tile.append(len(self._tile_numbers))
 
@@ -168,8 +165,7 @@ class _Table:
         begin, end = self._past_chunk[number - 1] if number else 0, self._past_chunk[number]
         chunks = tuple(self._chunks[begin:end])
         box = hull([Box(chunk.start, chunk.size) for chunk in chunks])
-        name, dtype, *_ = self._tensors[self._tensor_numbers[number]]
-        return Stream(name, dtype, box, chunks, partial(self._pieces, number, box))
+        return Stream(self._names[number], self._dtypes[number], box, chunks, partial(self._pieces, number, box))
 
     def _pieces(self, number: int, box: Box) -> tuple[Piece, ...]:
         pieces: list[Piece] = []

@@ -24,7 +24,7 @@ from shardway.core.errors import Code, ShardwayError
 from shardway.formats import saved_objects
 from shardway.formats.pickles import Reference, SavedObject
 from shardway.formats.saved_objects import SavedTensor, read_torch_bytes, read_torch_file, write_torch_file
-from shardway.formats.torch_file import TensorBlob, read_tensor_blob, tensor_blob_frame
+from shardway.formats.torch_file import TensorBlob, find_framed, read_tensor_blob, tensor_blob_frame
 from shardway.formats.zips import central_entry, directory_end, local_entry
 
 if TYPE_CHECKING:
@@ -172,6 +172,17 @@ def test_frames_are_found_again(offset: int, align: int, phase: int, count: int)
     try:
         os.write(fd, content)
         found = read_tensor_blob(fd, offset, frame.length, file="x", tensor="t")
+        assert find_framed(fd, offset, frame.length, UINT8, (count,)) == offset + len(frame.head)
+        # Whatever differs by one byte, or is said to be something else, has to be understood and not recognised.
+        assert find_framed(fd, offset, frame.length, BFLOAT16, (count // 2,)) is None
+        assert find_framed(fd, offset, frame.length, UINT8, (count + 1,)) is None
+        assert find_framed(fd, offset, frame.length - 1, UINT8, (count,)) is None
+        assert find_framed(fd, -1, frame.length, UINT8, (count,)) is None
+        assert find_framed(fd, offset, frame.length, UINT8, (2**62,)) is None
+        for place in (0, len(frame.head) - 1, len(frame.head) + count, frame.length - 1):
+            os.pwrite(fd, bytes([content[offset + place] ^ 1]), offset + place)
+            assert find_framed(fd, offset, frame.length, UINT8, (count,)) is None
+            os.pwrite(fd, content[offset + place : offset + place + 1], offset + place)
     finally:
         os.close(fd)
     assert found == TensorBlob(UINT8, (count,), offset + len(frame.head), count)
