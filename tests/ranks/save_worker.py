@@ -149,6 +149,7 @@ class _Rank:
     model: Any
     bridge: Any = None
     handles: dict[int, Any] = dataclasses.field(default_factory=dict)
+    num_saves: int = 0
 
 
 def _meet(path: Path, rank: int, expected: Sequence[int]) -> None:
@@ -229,7 +230,7 @@ def save(
         absent: Ranks that run a plain loop until the others have ended.
         late: What a rank waits for before it calls, by rank: ``written`` (there are shards in staging) or
             ``published``.
-        first: The rank that calls first; the others wait for a moment.
+        first: The rank that coordinates; the others call when it does, or when something has gone wrong.
         sign: What the values are multiplied with for this save.
         store: ``file``, or ``hash``, ``filestore``, ``prefix``, ``counted`` for one that is passed.
         slow: Seconds that every piece of this save takes to be written, also after the call has returned.
@@ -244,7 +245,8 @@ def save(
     import torch
     from tests.collectives import collectives_forbidden
 
-    done = me.folder / f"saved{path.replace('/', '_')}{options.get('iteration', 0)}"
+    me.num_saves += 1
+    done = me.folder / f"saved{me.num_saves}"
     calling = [
         rank
         for rank in range(me.world["ranks"])
@@ -263,8 +265,7 @@ def save(
     elif (late or {}).get(str(me.rank)) == "published":
         _until(all_done)
     if first is not None and me.rank != first:
-        _until((me.folder / f"{done.name}.first").exists)
-        time.sleep(0.3)
+        _until(lambda: any(me.folder.glob(f"{done.name}.f*")))  # its own mark, or that of a fault
     # Long where all come, which ends it, however busy the machine.
     options = {"grace_seconds": 1.0 if absent or late or me.world["killed"] else 10.0, **options}
     options |= (only or {}).get(str(me.rank), {})
@@ -287,7 +288,7 @@ def save(
                 _slow_down(path, options.get("iteration", 0), slow)
             stack.enter_context(collectives_forbidden())
             if first == me.rank:
-                (me.folder / f"{done.name}.first").touch()
+                stack.enter_context(_marked_when_coordinating(me.folder / f"{done.name}.first"))
             saved: Any = _call(me, model, path, hf, _store(store, me.folder), options)
             notes: dict[str, Any] = {"returned": str(type(saved).__name__)}
             if type(saved).__name__ == "AsyncSave":
@@ -307,6 +308,24 @@ def save(
         return _failed(error)
     finally:
         done.with_name(f"{done.name}.{me.rank}").touch()
+
+
+@contextlib.contextmanager
+def _marked_when_coordinating(mark: Path) -> Iterator[None]:
+    """Make a file as soon as this rank is the one that coordinates."""
+    import torch.distributed as dist
+
+    owner = dist.distributed_c10d.PrefixStore
+    real = owner.compare_set
+
+    def instead(store: Any, key: str, expected: Any, desired: Any) -> bytes:
+        found = real(store, key, expected, desired)
+        if key.endswith("/lead") and found == desired != expected:
+            mark.touch()
+        return found
+
+    with mock.patch.object(owner, "compare_set", instead):
+        yield
 
 
 def wait(me: _Rank, *, iteration: int) -> Outcome:

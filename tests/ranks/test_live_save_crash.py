@@ -207,10 +207,9 @@ def test_what_a_rank_can_t_write_every_rank_raises(fleet: Fleet, known: Callable
     }
     tasks = []
     for name, (fault, _, _) in cases.items():
-        # What only the coordinator does fails whoever that is; of the others rank 0 is made to be it.
         coordinating = fault["at"] in ("publish", "prepare")
         task = {"do": "save", "path": tmp_path / "root", "hf": model.hf, "iteration": 3, **DEADLINE}
-        tasks.append(task | {"first": 0, "faults": [{"rank": [0, 1, 2, 3] if coordinating else 1, **fault}]})
+        tasks.append(task | {"first": 0, "faults": [{"rank": 0 if coordinating else 1, **fault}]})
         tasks.append(tasks[-1] | {"path": tmp_path / name / "new"})
     before_task = {"do": "save", "path": tmp_path / "root", "hf": model.hf, "iteration": 1}
     fleet.run(model.world(1, [before_task]))
@@ -222,8 +221,8 @@ def test_what_a_rank_can_t_write_every_rank_raises(fleet: Fleet, known: Callable
         error = same_error(outcome)
         assert len(outcome) == 4
         assert (error.error, error.code) == ("SaveFailed", code), error.text
-        any_rank = name == "removed" or fault["at"] in ("publish", "prepare")  # which may be the first to see it
-        assert re.search(r"rank [0-3]\b" if any_rank else r"rank 1\b", error.text), error.text
+        who = "[0-3]" if name == "removed" else "0" if fault["at"] in ("publish", "prepare") else "1"
+        assert re.search(rf"rank {who}\b", error.text), error.text  # what is removed any rank may be the first to miss
         for text in texts:
             assert text in error.text
         if code != "save-rank-failed":
