@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardway.core.dtypes import BFLOAT16
-from shardway.formats.safetensors import lay_out
+from shardway.formats.safetensors_layout import lay_out
 from shardway.formats.sharding import index_json, shard_tensors
 
 if TYPE_CHECKING:

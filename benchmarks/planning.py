@@ -18,7 +18,7 @@ from benchmarks.measure import program, run
 from shardway.core.dtypes import BFLOAT16, FLOAT32, dtype_of_torch
 from shardway.families.config import HFConfig
 from shardway.families.mapping import map_model
-from shardway.formats.safetensors import lay_out
+from shardway.formats.safetensors_layout import lay_out
 from shardway.formats.sharding import index_json, shard_tensors
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from benchmarks.measure import Sample, median_ratio, program, run
 from benchmarks.models import BLOCK_BYTES, MODELS
 
 from shardway.core.dtypes import BFLOAT16, DType, dtype_of_torch
-from shardway.formats.safetensors import lay_out
+from shardway.formats.safetensors_layout import lay_out
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shardway.core.dtypes import BFLOAT16
-from shardway.formats.safetensors import lay_out
+from shardway.formats.safetensors_layout import lay_out
 from shardway.formats.sharding import index_json, shard_tensors
 
 WORK = Path("demo-work")

@@ -12,14 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.core.errors import Code, Problem, Problems, ShardwayError
 from shardway.core.tensors import Catalog, StoredTensor
+from shardway.formats.file_problems import missing_file, printable, unreadable_file
 from shardway.formats.json_text import JsonInvalidError, parse_json
-from shardway.formats.safetensors import (
-    SafetensorsFile,
-    missing_file,
-    printable,
-    read_safetensors,
-    unreadable_file,
-)
+from shardway.formats.safetensors import SafetensorsFile, read_safetensors
 from shardway.formats.sharding import INDEX_FILE, SINGLE_FILE
 from shardway.formats.small_files import links_out
 

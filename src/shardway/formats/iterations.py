@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from shardway.core.errors import Code, Problem, ShardwayError
-from shardway.formats.safetensors import printable
+from shardway.formats.file_problems import printable
 from shardway.formats.small_files import read_small_file
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from shardway.core.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from shardway.core.errors import Code, Problem
 from shardway.core.tensors import Catalog, Chunk, StoredTensor
-from shardway.formats.safetensors import printable
+from shardway.formats.file_problems import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

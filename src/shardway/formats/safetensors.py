@@ -1,4 +1,4 @@
-"""safetensors files: reading a header that nobody has to trust, and laying out a file to be written.
+"""safetensors files: reading a header that nobody has to trust.
 
 Source: the format as published (safetensors README, "Format") and what its reference reader refuses
 (safetensors/src/tensor.rs, 0.6): 8 bytes of little-endian header length N, N bytes of UTF-8 JSON that begin with
@@ -10,26 +10,25 @@ from __future__ import annotations
 import json
 import math
 import os
-import reprlib
 import stat
 from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.core.dtypes import DType, dtype_of_safetensors
-from shardway.core.errors import Code, Problem, Problems, ShardwayError
+from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.core.tensors import Chunk, Shape, StoredTensor
+from shardway.formats.file_problems import brief, missing_file, printable, unreadable_file
 from shardway.formats.json_text import JsonInvalidError, check_density
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
-_LENGTH_BYTES = 8
+LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the reference reader's own limit
 _MAX_NUMBER = 2**63 - 1  # what a file offset can be; the reference reader's usize is wider by one bit
 _MAX_AXES = 64  # torch's and numpy's limit; it also bounds the product of hostile axes
 _MAX_PROBLEMS = 32  # of one header; a broken writer can break every one of 50,000 tensors
-_ENTRIES_AT_ONCE = 1000  # as JSON an entry takes a quarter of what it takes as objects
-_METADATA = "__metadata__"
+METADATA = "__metadata__"
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _LFS_POINTER = b"version "  # how a Git LFS pointer begins, in place of the length
 _CURE_DOWNLOAD = "fetch the file again: it was cut short on its way here"
@@ -52,20 +51,6 @@ class SafetensorsFile(NamedTuple):
     tensors: dict[str, StoredTensor]
     metadata: dict[str, str]
     header_bytes: int
-    num_bytes: int
-
-
-class SafetensorsLayout(NamedTuple):
-    """Where everything goes in a safetensors file that is yet to be written.
-
-    Attributes:
-        header: The first bytes of the file, up to where the data starts.
-        offsets: Absolute byte offset of each tensor, in the order in which the tensors were given.
-        num_bytes: Bytes of the whole file.
-    """
-
-    header: bytes
-    offsets: tuple[int, ...]
     num_bytes: int
 
 
@@ -122,18 +107,6 @@ class _HeaderProblems:
             raise ShardwayError(self._found)
 
 
-def printable(name: str) -> str:
-    """The name as it can be shown: unchanged if harmless, else quoted, escaped and shortened.
-
-    Args:
-        name: A tensor or file name out of an untrusted file.
-
-    Returns:
-        At most 200 printable characters.
-    """
-    return name if len(name) <= 200 and name.isprintable() else _brief(name)
-
-
 def read_safetensors(path: Path, *, file: str | None = None) -> SafetensorsFile:
     """Read the header of a safetensors file, and vouch that it describes the file's bytes exactly.
 
@@ -154,99 +127,13 @@ def read_safetensors(path: Path, *, file: str | None = None) -> SafetensorsFile:
     raw, num_bytes = _read_header(path)
     header = _parse_header(raw, path)
     problems = _HeaderProblems(path)
-    metadata = _read_metadata(header.pop(_METADATA, {}), problems)
-    data_start = _LENGTH_BYTES + len(raw)
+    metadata = _read_metadata(header.pop(METADATA, {}), problems)
+    data_start = LENGTH_BYTES + len(raw)
     tensors, spans = _read_entries(header, path.name if file is None else file, data_start, problems)
     problems.raise_if_any()
     _check_coverage(spans, data_start, num_bytes, problems)
     problems.raise_if_any()
     return SafetensorsFile(path=path, tensors=tensors, metadata=metadata, header_bytes=len(raw), num_bytes=num_bytes)
-
-
-def lay_out(tensors: Sequence[tuple[str, DType, Shape]], metadata: Mapping[str, str]) -> SafetensorsLayout:
-    """Lay out a safetensors file in which every tensor is aligned to its element size.
-
-    Like the reference writer, puts the tensors of the widest elements first (otherwise in the given order) and pads
-    the header with spaces to a multiple of 8 bytes.
-
-    Args:
-        tensors: Name, dtype and shape (elements) of each tensor.
-        metadata: The ``__metadata__`` to write; transformers wants ``{"format": "pt"}``.
-
-    Returns:
-        The header's bytes and the absolute byte offset of each tensor, in the order of `tensors`.
-
-    Raises:
-        ShardwayError: `dtype-unsupported` for a dtype that the format can't hold, `tensor-duplicate`, or
-            `safetensors-header` for a name or a header that no reader would accept.
-    """
-    _check_writable(tensors)
-    entries: dict[str, object] = {_METADATA: dict(metadata)} if metadata else {}
-    members: list[bytes] = []
-    begins = [0] * len(tensors)
-    position = 0
-    for index in sorted(range(len(tensors)), key=lambda index: -tensors[index][1].bits):
-        name, dtype, shape = tensors[index]
-        begins[index] = position
-        position += dtype.num_bytes(math.prod(shape))
-        entries[name] = {"dtype": dtype.safetensors, "shape": shape, "data_offsets": (begins[index], position)}
-        if len(entries) == _ENTRIES_AT_ONCE:
-            members.append(_members(entries))
-            entries = {}
-    if entries:
-        members.append(_members(entries))
-    raw = b",".join(members)
-    del members
-    padding = b" " * (-(len(raw) + 2) % _LENGTH_BYTES)
-    header_bytes = len(raw) + 2 + len(padding)
-    if header_bytes > MAX_HEADER_BYTES:
-        raise _header_error(
-            f"the header of {len(tensors)} tensors takes {header_bytes} bytes; readers accept {MAX_HEADER_BYTES}",
-            cure="choose a smaller shard size, so that each file holds fewer tensors",
-        )
-    data_start = _LENGTH_BYTES + header_bytes
-    return SafetensorsLayout(
-        header=b"".join((header_bytes.to_bytes(_LENGTH_BYTES, "little"), b"{", raw, b"}", padding)),
-        offsets=tuple(data_start + begin for begin in begins),
-        num_bytes=data_start + position,
-    )
-
-
-def _members(entries: Mapping[str, object]) -> bytes:
-    """Entries of a header as they stand between its braces."""
-    try:
-        return json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()[1:-1]
-    except UnicodeEncodeError as error:
-        raise _header_error(
-            f"a name or metadata is not valid Unicode: {printable(error.object[: error.end][-100:])}"
-        ) from None
-
-
-def _check_writable(tensors: Sequence[tuple[str, DType, Shape]]) -> None:
-    problems = Problems()
-    seen: set[str] = set()
-    for name, dtype, shape in tensors:
-        shown = printable(name)
-        if name in seen:
-            problems.add(Code.TENSOR_DUPLICATE, f"tensor {shown} is to be written twice to one file", tensor=name)
-        seen.add(name)
-        if name == _METADATA:
-            problems.add(Code.SAFETENSORS_HEADER, f"no tensor can be called {_METADATA}", tensor=name)
-        if dtype.safetensors is None:
-            problems.add(
-                Code.DTYPE_UNSUPPORTED,
-                f"tensor {shown} is {dtype.name}, which safetensors can't hold",
-                tensor=name,
-                cure="leave the tensor out, or convert it to another dtype first",
-            )
-        elif math.prod(shape) * dtype.bits % 8:
-            problems.add(
-                Code.DTYPE_UNSUPPORTED,
-                f"tensor {shown} ends inside a byte: {math.prod(shape)} elements of {dtype.bits} bits",
-                tensor=name,
-                facts=(f"dtype {dtype.name}, shape {list(shape)}",),
-            )
-    problems.raise_if_any()
 
 
 def _read_header(path: Path) -> tuple[bytes, int]:
@@ -263,9 +150,9 @@ def _read_header(path: Path) -> tuple[bytes, int]:
         if not stat.S_ISREG(status.st_mode):
             raise ShardwayError(unreadable_file(path, "it is not a regular file"))
         num_bytes = status.st_size
-        length = _pread(descriptor, _LENGTH_BYTES, 0)
+        length = _pread(descriptor, LENGTH_BYTES, 0)
         header_bytes = _check_length(length, num_bytes, path)
-        raw = _pread(descriptor, header_bytes, _LENGTH_BYTES)
+        raw = _pread(descriptor, header_bytes, LENGTH_BYTES)
     except OSError as error:
         raise ShardwayError(unreadable_file(path, error)) from error
     finally:
@@ -287,8 +174,8 @@ def _pread(descriptor: int, num_bytes: int, offset: int) -> bytes:
 
 
 def _check_length(length: bytes, num_bytes: int, path: Path) -> int:
-    if len(length) < _LENGTH_BYTES:
-        raise _truncated(path, f"the file has {num_bytes} bytes; the length of the header alone takes {_LENGTH_BYTES}")
+    if len(length) < LENGTH_BYTES:
+        raise _truncated(path, f"the file has {num_bytes} bytes; the length of the header alone takes {LENGTH_BYTES}")
     if length == _LFS_POINTER:
         raise _header_error(
             f"{printable(path.name)} is a Git LFS pointer of {num_bytes} bytes, not the weights",
@@ -304,8 +191,8 @@ def _check_length(length: bytes, num_bytes: int, path: Path) -> int:
         )
     if header_bytes == 0:
         raise _header_error(f"{printable(path.name)} states a header of 0 bytes", path)
-    if _LENGTH_BYTES + header_bytes > num_bytes:
-        needed = _LENGTH_BYTES + header_bytes
+    if LENGTH_BYTES + header_bytes > num_bytes:
+        needed = LENGTH_BYTES + header_bytes
         raise _truncated(path, f"the file has {num_bytes} bytes, its header alone ends at byte {needed}")
     return header_bytes
 
@@ -363,7 +250,7 @@ def _raise_repeated(header: dict[str, object], repeated: list[tuple[dict[str, ob
         for key in keys:
             if key not in seen:
                 seen.add(key)
-            elif found is header and key != _METADATA:
+            elif found is header and key != METADATA:
                 what = f"tensor {printable(key)} is in the header of {problems.file} more than once"
                 problems.add(Code.TENSOR_DUPLICATE, what, tensor=key)
             else:
@@ -374,13 +261,13 @@ def _raise_repeated(header: dict[str, object], repeated: list[tuple[dict[str, ob
 
 def _read_metadata(metadata: object, problems: _HeaderProblems) -> dict[str, str]:
     if not isinstance(metadata, dict):
-        shown = "a tensor's entry" if type(metadata) is _Entry else _brief(metadata)
-        what = f"{_METADATA} of {problems.file} is {shown}, not an object of strings"
+        shown = "a tensor's entry" if type(metadata) is _Entry else brief(metadata)
+        what = f"{METADATA} of {problems.file} is {shown}, not an object of strings"
         problems.add(Code.SAFETENSORS_HEADER, what)
         return {}
     for key, value in metadata.items():
         if not isinstance(value, str):
-            what = f"{_METADATA} of {problems.file} maps {printable(key)} to {_brief(value)}, not to a string"
+            what = f"{METADATA} of {problems.file} maps {printable(key)} to {brief(value)}, not to a string"
             problems.add(Code.SAFETENSORS_HEADER, what)
     return metadata
 
@@ -409,7 +296,7 @@ def _read_entries(
 def _read_entry(entry: object, shapes: dict[Shape, Shape]) -> _Entry:
     """One entry of the header, checked; on the path of every tensor, so it tests types by identity (no bool is int)."""
     if type(entry) is not dict:
-        raise _EntryError(f"its entry is {_brief(entry)}, not an object")
+        raise _EntryError(f"its entry is {brief(entry)}, not an object")
     if entry.keys() != _FIELDS:
         missing = ", ".join(sorted(_FIELDS - entry.keys())) or "none"
         extra = ", ".join(printable(key) for key in sorted(entry.keys() - _FIELDS)[:8]) or "none"
@@ -417,15 +304,15 @@ def _read_entry(entry: object, shapes: dict[Shape, Shape]) -> _Entry:
     tag, dims, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     dtype = _read_dtype(tag)
     if type(dims) is not list or len(dims) > _MAX_AXES:
-        raise _EntryError(f"shape is {_brief(dims)}, not a list of at most {_MAX_AXES} sizes")
+        raise _EntryError(f"shape is {brief(dims)}, not a list of at most {_MAX_AXES} sizes")
     for dim in dims:
         if type(dim) is not int or not 0 <= dim <= _MAX_NUMBER:
-            raise _EntryError(f"shape has an axis of {_brief(dim)}, not an integer from 0 to 2**63 - 1")
+            raise _EntryError(f"shape has an axis of {brief(dim)}, not an integer from 0 to 2**63 - 1")
     if type(offsets) is not list or len(offsets) != 2:
-        raise _EntryError(f"data_offsets is {_brief(offsets)}, not a list of two numbers")
+        raise _EntryError(f"data_offsets is {brief(offsets)}, not a list of two numbers")
     begin, end = offsets
     if type(begin) is not int or type(end) is not int or not (0 <= begin <= _MAX_NUMBER and 0 <= end <= _MAX_NUMBER):
-        raise _EntryError(f"data_offsets is {_brief(offsets)}, not two integers from 0 to 2**63 - 1")
+        raise _EntryError(f"data_offsets is {brief(offsets)}, not two integers from 0 to 2**63 - 1")
     if begin > end:
         raise _EntryError(f"its data begins at byte {begin} and ends before that, at byte {end}")
     num_bits = math.prod(dims) * dtype.bits
@@ -442,7 +329,7 @@ def _read_entry(entry: object, shapes: dict[Shape, Shape]) -> _Entry:
 
 def _read_dtype(tag: object) -> DType:
     if type(tag) is not str:
-        raise _EntryError(f"dtype is {_brief(tag)}, not a string")
+        raise _EntryError(f"dtype is {brief(tag)}, not a string")
     try:
         return dtype_of_safetensors(tag)
     except ShardwayError as error:
@@ -478,42 +365,6 @@ def _check_coverage(spans: Sequence[_Span], data_start: int, num_bytes: int, pro
         problems.add(Code.SAFETENSORS_GAP, what, facts=(implied,))
 
 
-def missing_file(path: Path) -> Problem:
-    """The problem of a file that isn't there; tells a link to nowhere from a name that doesn't exist.
-
-    Args:
-        path: The file.
-
-    Returns:
-        A `file-missing` problem.
-    """
-    name = printable(path.name)
-    try:
-        target = os.readlink(path)
-    except (OSError, ValueError):
-        return Problem(code=Code.FILE_MISSING, what=f"{name} does not exist", file=path)
-    return Problem(
-        code=Code.FILE_MISSING,
-        what=f"{name} is a symbolic link to {printable(target)}, which does not exist",
-        file=path,
-        cure="the download cache is incomplete; fetch the checkpoint again",
-    )
-
-
-def unreadable_file(path: Path, reason: OSError | ValueError | str) -> Problem:
-    """The problem of a file that is there but can't be read.
-
-    Args:
-        path: The file.
-        reason: What the system said.
-
-    Returns:
-        A `file-unreadable` problem.
-    """
-    said = reason.strerror if isinstance(reason, OSError) and reason.strerror else str(reason)
-    return Problem(code=Code.FILE_UNREADABLE, what=f"cannot read {printable(path.name)}: {said}", file=path)
-
-
 def _truncated(path: Path, fact: str) -> ShardwayError:
     what = f"{printable(path.name)} is cut short"
     return ShardwayError(
@@ -521,12 +372,5 @@ def _truncated(path: Path, fact: str) -> ShardwayError:
     )
 
 
-def _header_error(what: str, path: Path | None = None, cure: str | None = None) -> ShardwayError:
-    cure = cure or (_CURE_WRITER if path else None)
+def _header_error(what: str, path: Path, cure: str = _CURE_WRITER) -> ShardwayError:
     return ShardwayError(Problem(code=Code.SAFETENSORS_HEADER, what=what, file=path, cure=cure))
-
-
-_REPR = reprlib.Repr()
-_REPR.maxstring = 120
-_REPR.maxlong = 60
-_brief = _REPR.repr

@@ -11,7 +11,7 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.core.errors import Code, Problem, Problems, ShardwayError
-from shardway.formats.safetensors import printable
+from shardway.formats.file_problems import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -7,7 +7,7 @@ import stat
 from typing import TYPE_CHECKING
 
 from shardway.core.errors import Code, Problem, ShardwayError
-from shardway.formats.safetensors import missing_file, printable, unreadable_file
+from shardway.formats.file_problems import missing_file, printable, unreadable_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -11,6 +11,7 @@ from shardway.core.dtypes import dtype_of_torch
 from shardway.core.errors import Code, Problem, Problems, ShardwayError
 from shardway.core.tensors import Catalog, Chunk, StoredTensor
 from shardway.formats.dcp import DcpMetadata, read_metadata
+from shardway.formats.file_problems import missing_file, unreadable_file
 from shardway.formats.iterations import (
     RELEASE,
     TRACKER,
@@ -22,7 +23,6 @@ from shardway.formats.iterations import (
 )
 from shardway.formats.json_text import JsonInvalidError, parse_json
 from shardway.formats.pickles import SavedObject
-from shardway.formats.safetensors import missing_file, unreadable_file
 from shardway.formats.saved_objects import (
     MAX_FILE_BYTES,
     SavedTensor,

@@ -12,7 +12,7 @@ import xxhash
 
 from shardway.core.dtypes import dtype_of_torch
 from shardway.core.errors import Code, Problem, ShardwayError
-from shardway.formats.safetensors import lay_out
+from shardway.formats.safetensors_layout import lay_out
 from shardway.formats.sharding import INDEX_FILE, HuggingFaceShard, index_json, shard_tensors
 from shardway.plans.exports import default_shard_bytes
 

@@ -10,7 +10,7 @@ from shardway.core.dtypes import dtype_of_torch
 from shardway.core.errors import Problems
 from shardway.core.tensors import Catalog, Chunk, StoredTensor
 from shardway.formats.quantised import QUANTIZATION_CONFIG, without_quantisation
-from shardway.formats.safetensors import lay_out
+from shardway.formats.safetensors_layout import lay_out
 from shardway.formats.sharding import INDEX_FILE, index_json, shard_tensors
 from shardway.plans.imports import config_with_dtype
 from shardway.plans.matching import match_megatron, padded_rows

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.core.errors import Code, Problem, Problems
 from shardway.families.layout import VOCABULARY
-from shardway.formats.safetensors import printable
+from shardway.formats.file_problems import printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

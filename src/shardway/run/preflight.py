@@ -7,7 +7,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from shardway.core.errors import Code, Problem, ShardwayError
-from shardway.formats.safetensors import unreadable_file
+from shardway.formats.file_problems import unreadable_file
 from shardway.run.files import failing
 from shardway.run.lease import disk_bytes, staging_directory
 

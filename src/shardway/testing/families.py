@@ -17,7 +17,7 @@ from shardway.families.layout import Layout
 from shardway.families.mapping import map_model, variants_in
 from shardway.families.registry import family_of
 from shardway.formats.huggingface import open_huggingface
-from shardway.formats.safetensors import lay_out
+from shardway.formats.safetensors_layout import lay_out
 from shardway.formats.torch_dist import open_torch_dist
 from shardway.verification.pair import verify
 

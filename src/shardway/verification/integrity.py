@@ -14,6 +14,7 @@ import xxhash
 from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.core.tensors import Chunk
 from shardway.formats.dcp import read_metadata
+from shardway.formats.file_problems import missing_file
 from shardway.formats.iterations import (
     LATEST_TRAIN_STATE,
     RELEASE,
@@ -23,7 +24,6 @@ from shardway.formats.iterations import (
     tracker_text,
 )
 from shardway.formats.record import RECORD_FILE, read_record
-from shardway.formats.safetensors import missing_file
 from shardway.formats.small_files import read_small_file
 from shardway.formats.torch_file import read_tensor_blob, tensor_blob_frame
 from shardway.run.files import Files

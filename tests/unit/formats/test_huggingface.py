@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from shardway.core.dtypes import DType, dtype_of_torch
 from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.formats.huggingface import SmallFile, open_huggingface, read_companions
-from shardway.formats.safetensors import lay_out
+from shardway.formats.safetensors_layout import lay_out
 from shardway.formats.sharding import index_json, shard_tensors
 
 if TYPE_CHECKING:

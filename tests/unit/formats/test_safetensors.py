@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from shardway.core.dtypes import DType, all_dtypes, dtype_of_torch
 from shardway.core.errors import Code, ShardwayError
 from shardway.core.tensors import Chunk, Shape, StoredTensor
-from shardway.formats.safetensors import SafetensorsLayout, lay_out, printable, read_safetensors
+from shardway.formats.file_problems import printable
+from shardway.formats.safetensors import read_safetensors
+from shardway.formats.safetensors_layout import SafetensorsLayout, lay_out
 
 FIXTURES = Path(__file__).parents[4] / "shared" / "fixtures" / "hf"
 F32 = dtype_of_torch("float32")
