@@ -16,6 +16,7 @@ from shardway.convert.making import Running
 from shardway.convert.options import IfExists, choice, invalid_option, parse_dtype, parse_shard_size
 from shardway.convert.report import ConversionReport
 from shardway.convert.turns import inode, resume, resumed_bytes, take_turn, was_published, work_key
+from shardway.core.collector import collector_paused
 from shardway.core.dtypes import FLOAT32
 from shardway.core.errors import Problems, ShardwayError
 from shardway.families.config import HFConfig
@@ -298,6 +299,7 @@ class ExportJob(NamedTuple):
     passed_over: Mapping[str, StoredTensor]
 
 
+@collector_paused()
 def prepare_export(checkpoint: TorchDistCheckpoint, hf: Path | None, target: Path, options: ExportOptions) -> ExportJob:
     """Find the config that goes with a Megatron checkpoint and plan its export.
 

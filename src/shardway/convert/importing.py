@@ -21,6 +21,7 @@ from shardway.convert.options import (
 )
 from shardway.convert.report import ConversionReport
 from shardway.convert.turns import work_key
+from shardway.core.collector import collector_paused
 from shardway.core.errors import Code, Problem, Problems, ShardwayError
 from shardway.families.bridge import BridgeVersion
 from shardway.families.config import HFConfig
@@ -219,6 +220,7 @@ class _Job(NamedTuple):
     settled: Settled
 
 
+@collector_paused()
 def _prepare(
     origin: Path,
     hub: HubSource | None,

@@ -15,6 +15,7 @@ from shardway.convert.existing import Settled, Wanted
 from shardway.convert.making import Running, Work, make
 from shardway.convert.options import IfExists, choice, parse_size
 from shardway.convert.turns import work_key
+from shardway.core.collector import collector_paused
 from shardway.core.errors import Code, Problem, Problems, ShardwayError
 from shardway.families.layout import Layout
 from shardway.families.parallel import described
@@ -200,6 +201,7 @@ class _Job(NamedTuple):
     settled: Settled
 
 
+@collector_paused()
 def _prepare(origin: Path, root: Path, options: MigrationOptions, form: Form, exists: IfExists) -> _Job:
     """Plan a migration and look at its destination; nothing is written.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from shardway.convert.chunk_for import parse_chunk_for
 from shardway.convert.exporting import export_options, prepare_export
 from shardway.convert.options import choice, parse_dtype, parse_size
+from shardway.core.collector import collector_paused
 from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.families.config import HFConfig
 from shardway.families.layout import Layout, layout_of
@@ -78,6 +79,7 @@ class PlanReport:
         return document
 
 
+@collector_paused()
 def plan(
     source: str | Path,
     *,

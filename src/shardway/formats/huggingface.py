@@ -10,6 +10,7 @@ import re
 import stat
 from typing import TYPE_CHECKING, NamedTuple
 
+from shardway.core.collector import collector_paused
 from shardway.core.errors import Code, Problem, Problems, ShardwayError
 from shardway.core.tensors import Catalog, StoredTensor
 from shardway.formats.file_problems import missing_file, printable, unreadable_file
@@ -136,6 +137,7 @@ def open_huggingface(root: Path) -> HuggingFaceCheckpoint:
     return found
 
 
+@collector_paused()
 def survey_huggingface(root: Path, problems: Problems) -> HuggingFaceCheckpoint:
     """What `open_huggingface` finds where it would raise: all that can be read, and every problem of the rest.
 

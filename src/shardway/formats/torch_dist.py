@@ -7,6 +7,7 @@ import os
 import struct
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from shardway.core.collector import collector_paused
 from shardway.core.dtypes import dtype_of_torch
 from shardway.core.errors import Code, Problem, Problems, ShardwayError
 from shardway.core.tensors import Catalog, Chunk, StoredTensor
@@ -148,6 +149,7 @@ def open_torch_dist(path: Path, *, wanted: Callable[[str], bool] | None = None) 
         raise ShardwayError(Problem(code=Code.FILE_UNREADABLE, what=what, file=error.filename or path)) from None
 
 
+@collector_paused()
 def _open(root: Path, wanted: Callable[[str], bool] | None) -> TorchDistCheckpoint:
     files = _list_files(root)
     _check_backend(root, files)

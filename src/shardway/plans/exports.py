@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from shardway.core.collector import collector_paused
 from shardway.core.dtypes import dtype_of_torch
 from shardway.core.errors import Problems
 from shardway.core.tensors import Catalog, Chunk, StoredTensor
@@ -49,7 +48,6 @@ class ExportOptions(NamedTuple):
     quantize: bool = False
 
 
-@collector_paused()
 def plan_export(
     source: Catalog,
     mapping: ModelMapping,

@@ -6,7 +6,6 @@ import json
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from shardway.core.collector import collector_paused
 from shardway.core.dtypes import dtype_of_torch
 from shardway.core.errors import Code, Problems
 from shardway.core.tensors import Catalog, StoredTensor
@@ -65,7 +64,6 @@ class ImportOptions(NamedTuple):
     parallel: Parallelism | None = None
 
 
-@collector_paused()
 def plan_import(
     source: HuggingFaceCheckpoint, mapping: ModelMapping, destination: Path, options: ImportOptions
 ) -> Plan:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.core.boxes import Box
-from shardway.core.collector import collector_paused
 from shardway.core.errors import Code, Problem, Problems, ShardwayError
 from shardway.core.tensors import Catalog, StoredTensor
 from shardway.core.tiles import reach, restrict
@@ -72,7 +71,6 @@ class Migration(NamedTuple):
     expected: ChunkDigests
 
 
-@collector_paused()
 def plan_migration(
     source: TorchDistCheckpoint, recorded: ChunkDigests, destination: Path, options: MigrationOptions
 ) -> Migration:
