@@ -69,9 +69,9 @@ def hull(boxes: Sequence[Box]) -> Box:
     """The smallest box that holds all of `boxes`, of which there is at least one."""
     if len(boxes) == 1:
         return boxes[0]
-    start = tuple(map(min, *[start for start, _ in boxes]))
-    ends = [map(add, *box) for box in boxes]
-    return Box(start, tuple(map(sub, map(max, *ends), start)))
+    start = tuple(map(min, zip(*(box.start for box in boxes), strict=True)))
+    ends = (tuple(map(add, box.start, box.size)) for box in boxes)
+    return Box(start, tuple(map(sub, map(max, zip(*ends, strict=True)), start)))
 
 
 def exact_cover(shape: Shape, boxes: Sequence[Box]) -> CoverFault | None:

@@ -70,6 +70,7 @@ def write_metadata(
     Args:
         tensors: By key; the order is kept.
         objects: Blobs of pickled objects, by key; several keys may name the same blob.
+            All offsets and lengths are below 2**63.
         save_id: An identifier of the save, or None.
 
     Returns:

@@ -107,7 +107,7 @@ class MetadataEmitter:
     def _tensor(self, dtype: DType, shape: Shape, chunks: Sequence[DcpChunk]) -> None:
         put = self._out.writelines
         put((self._phrase(_TENSOR), self._properties(dtype), self._phrase(_SIZE), self._size(shape)))
-        put((self._phrase(_CHUNKS),))
+        self._out.write(self._phrase(_CHUNKS))
         for start, size, _ in chunks:
             put((self._phrase(_CHUNK), self._size(start), self._phrase(_SIZES), self._size(size), _END))
         put((APPENDS, _END))
@@ -171,7 +171,7 @@ class MetadataEmitter:
 
 
 class _Places:
-    """Which chunk, or object, is where, column by column: a fifth of the memory that tuples would take."""
+    """Which chunk, or object, is where, column by column, without a tuple and three numbers for each."""
 
     def __init__(self) -> None:
         self._keys = array("I")

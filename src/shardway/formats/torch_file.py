@@ -148,7 +148,7 @@ def tensor_blob_extent(dtype: DType, shape: Shape, *, offset: int, align: int, p
 def find_framed(fd: int, offset: int, length: int, dtype: DType, shape: Shape) -> int | None:
     """Where the elements of a tensor lie whose blob is, byte for byte, what `tensor_blob_frame` makes; None otherwise.
 
-    A quarter of the time of `read_tensor_blob`, which understands what others have written.
+    Half the time of `read_tensor_blob`, which understands what others have written.
 
     Args:
         fd: An open file.
@@ -156,6 +156,12 @@ def find_framed(fd: int, offset: int, length: int, dtype: DType, shape: Shape) -
         length: Bytes of the blob.
         dtype: Type of the elements.
         shape: Shape of the tensor.
+
+    Returns:
+        Byte offset of the first element in the file (not in the blob).
+
+    Raises:
+        OSError: The file can't be read.
     """
     if dtype.bits % 8 or offset < 0 or not math.prod(shape) * dtype.itemsize <= length < 2**63 - offset:
         return None

@@ -224,7 +224,7 @@ def _lay_out(
         if boxes is None:
             cut = chunk_boxes(shape, on[key], most // dtype.itemsize)
         else:
-            cut = [(part, on[key]) for box in boxes for part in split_box(box, most // dtype.itemsize)]
+            cut = [(part, ()) for box in boxes for part in split_box(box, most // dtype.itemsize)]
         first = {tile.mcore.base: tile for tile in on[key]}
         tile = on[key][0]
         for box, tiles in cut:

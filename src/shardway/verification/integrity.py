@@ -25,7 +25,7 @@ from shardway.formats.iterations import (
 )
 from shardway.formats.record import RECORD_FILE, read_record
 from shardway.formats.small_files import read_small_file
-from shardway.formats.torch_file import read_tensor_blob, tensor_blob_frame
+from shardway.formats.torch_file import find_framed, read_tensor_blob
 from shardway.run.files import Files
 from shardway.run.mover import digest_mismatch
 from shardway.run.progress import Meter
@@ -46,7 +46,6 @@ METADATA_FILE = ".metadata"
 _MAX_METADATA_BYTES = 1 << 30
 _MAX_STATE_BYTES = 1 << 24
 _STEP_BYTES = 2**20
-_BLOCK_BYTES = 4096  # frames are padded by less
 _CURE = "the file was changed or damaged after it was written: copy the checkpoint again, or convert it again"
 
 
@@ -340,17 +339,11 @@ class _Checker:
 
 def _frame_problems(path: Path, descriptor: int, blobs: Iterable[_Blob]) -> list[Problem]:
     """The chunks whose frames are not what this version of shardway would write around them."""
-    problems = []
-    for blob in blobs:
-        place = read_tensor_blob(descriptor, blob.offset, blob.length, file=str(path), tensor=blob.tensor)
-        phase = place.data_offset % _BLOCK_BYTES
-        frame = tensor_blob_frame(blob.dtype, blob.size, offset=blob.offset, align=_BLOCK_BYTES, phase=phase)
-        end = place.data_offset + place.num_bytes
-        head = os.pread(descriptor, place.data_offset - blob.offset, blob.offset)
-        tail = os.pread(descriptor, blob.offset + blob.length - end, end)
-        if (head, tail) != (frame.head, frame.tail):
-            problems.append(_broken_frame(path, blob))
-    return problems
+    return [
+        _broken_frame(path, blob)
+        for blob in blobs
+        if find_framed(descriptor, blob.offset, blob.length, blob.dtype, blob.size) is None
+    ]
 
 
 def _broken_frame(path: Path, blob: _Blob) -> Problem:
