@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,10 +82,10 @@ def test_a_card_that_is_there_stays(hub: FakeHub, ckpt: str, tmp_path: Path, whe
 
 def test_what_is_refused_leaves_the_export(hub: FakeHub, ckpt: str, capsys: pytest.CaptureFixture[str]) -> None:
     hub.refuse[f"/api/models/{PUSHED}/commit"] = 403
-    command = ["export", ckpt, "again", "--push", PUSHED]
+    command = ["export", ckpt, "again", "--push", PUSHED, "--quiet"]
     assert main(command) == 1
     told = capsys.readouterr().err
-    assert "\nhub-refused: " in f"\n{told}"  # huggingface_hub may have drawn a bar of its own before
+    assert told.startswith("hub-refused: ")
     assert "the export is whole, at again" in told
     assert shardway.verify(ckpt, "again").equal
     hub.refuse.clear()
@@ -92,6 +93,19 @@ def test_what_is_refused_leaves_the_export(hub: FakeHub, ckpt: str, capsys: pyte
     there = pushed(hub)
     assert there.pop("README.md")
     assert there == files_of(Path("again"))
+
+
+def test_bars_of_the_library_are_drawn_unless_quiet(
+    hub: FakeHub, ckpt: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(import_module("huggingface_hub.utils.tqdm"), "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    command = ["export", ckpt, "again", "--push", PUSHED]
+    assert main([*command, "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+    hub.objects.clear()
+    hub.repos.clear()
+    assert main([*command, "--if-exists", "reuse"]) == 0
+    assert "model.safetensors: 100%" in capsys.readouterr().err
 
 
 def test_an_upload_that_is_refused(hub: FakeHub, ckpt: str) -> None:

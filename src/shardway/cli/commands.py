@@ -164,6 +164,7 @@ def _push(chosen: argparse.Namespace) -> PushReport:
             private=chosen.private or None,
             revision=chosen.revision,
             source=chosen.source,
+            show_progress=not chosen.quiet,
         )
     except ShardwayError as error:
         done = f"the export is whole, at {chosen.destination}; with --if-exists reuse only the push is done again"

@@ -61,6 +61,7 @@ def push_hf(
     private: bool | None = None,
     revision: str | None = None,
     source: str | Path | None = None,
+    show_progress: bool = True,
 ) -> PushReport:
     """Upload a Hugging Face directory to the Hub; the directory stays, and is only read.
 
@@ -73,6 +74,7 @@ def push_hf(
         private: Whether a repository that is made can be seen by its owners alone; by default as they have chosen.
         revision: Branch, made where it does not exist; by default ``main``.
         source: The Megatron checkpoint that it was exported from, for what the model card says.
+        show_progress: Whether huggingface_hub may draw its progress bars on standard error.
 
     Returns:
         What was pushed.
@@ -85,7 +87,7 @@ def push_hf(
     root = Path(folder)
     checkpoint = open_huggingface(root)
     card = None if (root / _CARD).exists() else _card(checkpoint, repository, source)
-    done = upload(root, repository, private=private, revision=revision, card=card)
+    done = upload(root, repository, private=private, revision=revision, card=card, show_progress=show_progress)
     return PushReport(
         folder=str(folder), repository=repository, revision=revision or "main", url=done.url, commit=done.sha
     )

@@ -362,7 +362,9 @@ class Uploaded(NamedTuple):
     sha: str
 
 
-def upload(folder: Path, name: str, *, private: bool | None, revision: str | None, card: bytes | None) -> Uploaded:
+def upload(
+    folder: Path, name: str, *, private: bool | None, revision: str | None, card: bytes | None, show_progress: bool
+) -> Uploaded:
     """Upload what a folder holds to a repository, which is made where it does not exist.
 
     Args:
@@ -371,12 +373,14 @@ def upload(folder: Path, name: str, *, private: bool | None, revision: str | Non
         private: Whether a repository that is made can be seen by its owners alone; None for the owner's default.
         revision: Branch, which is made where it does not exist; None for ``main``.
         card: README.md, for where neither the folder nor the repository has one.
+        show_progress: Whether huggingface_hub may draw its bars on standard error.
 
     Raises:
         ShardwayError: `extra-missing`, `hub-offline`, `hub-not-found`, `hub-refused`, `hub-unreachable`.
     """
     hub = library("--push")
-    with speaking(name, revision or "main", "push to"):
+    bars = contextlib.nullcontext() if show_progress else _no_bars(hub)
+    with bars, speaking(name, revision or "main", "push to"):
         api = hub.HfApi()
         made = api.create_repo(name, private=private, exist_ok=True)
         if revision is not None and revision != "main":
@@ -397,3 +401,16 @@ def upload(folder: Path, name: str, *, private: bool | None, revision: str | Non
                 commit_message="Add a model card",
             )
     return Uploaded(str(made), str(cast("Any", done).oid))
+
+
+@contextlib.contextmanager
+def _no_bars(hub: ModuleType) -> Iterator[None]:
+    """Keep huggingface_hub from drawing progress bars, which it does unless the whole process is told not to."""
+    if hub.utils.are_progress_bars_disabled():
+        yield
+        return
+    hub.utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        hub.utils.enable_progress_bars()
