@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from array import array
+from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
 from shardway.core.collector import collector_paused
@@ -34,6 +37,9 @@ class ModelMapping(NamedTuple):
         layout: How the layers of its decoder lie on disk on the Megatron side.
         variants: The form that the tensors are in, where the family knows several.
         tiles: The mosaic. On both sides every element of every tensor lies in exactly one tile.
+        run_kinds: Tiles come in runs, each of which fills one Megatron tensor or one layer of it: for each run the
+            number of its kind. Those of a kind are alike but for names and for where they are on the first axis.
+        run_lengths: For each kind of run, how many tiles it has.
         hf: Shape of every Hugging Face tensor, in the order in which an export writes them.
         mcore: Global shape of every Megatron tensor, by its key on disk.
         dtypes: Megatron tensors that are held in a type of their own whatever the source's is, by torch's name.
@@ -53,6 +59,8 @@ class ModelMapping(NamedTuple):
     layout: Layout
     variants: Mapping[str, bool]
     tiles: tuple[Tile, ...]
+    run_kinds: Sequence[int]
+    run_lengths: Sequence[int]
     hf: Mapping[str, Shape]
     mcore: Mapping[str, Shape]
     dtypes: Mapping[str, str]
@@ -65,6 +73,14 @@ class ModelMapping(NamedTuple):
     provider: Provider
     content_metadata: Mapping[str, object]
     caveats: tuple[str, ...]
+
+    def runs(self) -> Iterator[tuple[int, int, tuple[Tile, ...]]]:
+        """The tiles run by run: the number of its kind, the place of its first tile, and its tiles."""
+        begin = 0
+        for kind in self.run_kinds:
+            end = begin + self.run_lengths[kind]
+            yield kind, begin, self.tiles[begin:end]
+            begin = end
 
     def with_copies(self, copies: Mapping[str, str]) -> ModelMapping:
         """The mapping that also writes each of `copies` (name: which tensor it copies) on the Hugging Face side."""
@@ -138,22 +154,34 @@ def map_model(
     shifts: dict[str, float] = {}
     extra_state = dict.fromkeys(f"{module}._extra_state/shard_0_1" for module in family.extra_state)
     shared = {name: name for name in known}
-    for member, names, place in _enumerate(family, dims, flags, stacks, layout):
-        rule, parts, template, module = member
-        key = fill(template, names)
-        key = shared.setdefault(key, key)  # one string for all layers that share a key
-        mcore[key] = parts.mcore_shape
-        for shape, tile in parts.tiles(key, names, place, shared):
-            hf[tile.hf.tensor] = shape
-            tiles.append(tile)
-        if rule.dtype:
-            dtypes[key] = rule.dtype
-        if rule.plus:
-            shifts[key] = rule.plus
-        if module is not None:
-            states = extra_state_keys(fill(module, names), place, dims["L"], dims.get("E", 0))
-            extra_state.update((shared.get(state, state), None) for state in states)
-    _prove(tiles, hf, mcore)
+    run_kinds = array("I")
+    run_lengths: list[int] = []
+    first_runs: list[int] = []
+    proof = _Proof()
+    for like, names, place in _enumerate(family, dims, flags, stacks, layout):
+        begin = len(tiles)
+        if like.number == len(first_runs):
+            first_runs.append(len(run_lengths))
+            run_lengths += [member.parts.num_tiles for member in like.members]
+        run_kinds.extend(range(first_runs[like.number], first_runs[like.number] + len(like.members)))
+        for rule, parts, template, module in like.members:
+            on_axis = place if parts.stacked else None
+            key = fill(template, names)
+            key = shared.setdefault(key, key)  # one string for all layers that share a key
+            mcore[key] = parts.mcore_shape
+            for shape, tile in parts.tiles(key, names, on_axis, shared):
+                hf[tile.hf.tensor] = shape
+                tiles.append(tile)
+            if rule.dtype:
+                dtypes[key] = rule.dtype
+            if rule.plus:
+                shifts[key] = rule.plus
+            if module is not None:
+                states = extra_state_keys(fill(module, names), on_axis, dims["L"], dims.get("E", 0))
+                extra_state.update((shared.get(state, state), None) for state in states)
+        proof.add(like, tiles, begin)
+    if not proof.holds(hf, mcore):
+        cover_problems(tiles, hf, mcore).raise_if_any()
     aliases = {}
     restored = {}
     for alias in family.aliases:
@@ -182,6 +210,8 @@ def map_model(
         layout=layout,
         variants=chosen,
         tiles=tuple(tiles),
+        run_kinds=run_kinds,
+        run_lengths=run_lengths,
         hf=hf,
         mcore=mcore,
         dtypes=dtypes,
@@ -213,13 +243,22 @@ class _Member(NamedTuple):
     module: str | None
 
 
+class _Kind(NamedTuple):
+    """What layers of a kind have in common; what is no layer's counts as one.
+
+    Attributes:
+        number: Which it is, counted from 0 in the order in which they come up.
+        members: Its rules.
+    """
+
+    number: int
+    members: tuple[_Member, ...]
+
+
 def _enumerate(
     family: Family, dims: Dims, flags: frozenset[str], stacks: Mapping[str, Sequence[Layer]], layout: Layout
-) -> Iterator[tuple[_Member, Placeholders, int | None]]:
-    """Every rule as often as it applies, in the order of an export, with what its placeholders stand for.
-
-    The last of the three is the place on a leading axis of layers, where there is one.
-    """
+) -> Iterator[tuple[_Kind, Placeholders, int]]:
+    """Every layer in the order of an export, with what placeholders stand for in it, and its place in its stack."""
 
     def member(rule: Rule, layer: Layer) -> _Member:
         parts, key = expand(rule.parts, {**dims, **layer.dims}), rule.mcore
@@ -227,22 +266,22 @@ def _enumerate(
             parts, key = parts.stack(dims["L"]), key.replace("{i}.", "")
         return _Member(rule, parts, key, extra_state_module(key))
 
-    def alone(rules: Iterable[Rule]) -> Iterator[tuple[_Member, Placeholders, int | None]]:
-        return ((member(rule, Layer()), (), None) for rule in rules if not rule.stack and holds(rule.when, flags))
+    numbers = itertools.count()
+
+    def kind_of(rules: Iterable[Rule], stack: str, layer: Layer) -> _Kind:
+        holding = [rule for rule in rules if rule.stack == stack and holds(rule.when, flags | layer.kinds)]
+        return _Kind(next(numbers), tuple(member(rule, layer) for rule in holding))
 
     first = next((k for k, rule in enumerate(family.rules) if rule.stack), len(family.rules))
-    yield from alone(family.rules[:first])
+    yield kind_of(family.rules[:first], "", Layer()), (), 0
     for stack in ("i", "k", "j"):
-        rules = [rule for rule in family.rules if rule.stack == stack]
-        alike: dict[object, list[_Member]] = {}
+        alike: dict[object, _Kind] = {}
         for place, layer in enumerate(stacks.get(stack, ())):
             kind = layer.kinds, tuple(layer.dims.items())
             if kind not in alike:
-                alike[kind] = [member(rule, layer) for rule in rules if holds(rule.when, flags | layer.kinds)]
-            names = placeholders({stack: place, **layer.names})
-            for each in alike[kind]:
-                yield each, names, place if each.parts.stacked else None
-    yield from alone(family.rules[first:])
+                alike[kind] = kind_of(family.rules, stack, layer)
+            yield alike[kind], placeholders({stack: place, **layer.names}), place
+    yield kind_of(family.rules[first:], "", Layer()), (), 0
 
 
 def _without_prediction(fields: Mapping[str, object]) -> dict[str, object]:
@@ -262,7 +301,47 @@ def _not_stackable(config: HFConfig) -> Problem:
     )
 
 
-def _prove(tiles: list[Tile], hf: Mapping[str, Shape], mcore: Mapping[str, Shape]) -> None:
+class _Proof:
+    """Proves of one layer of each kind that its tiles cover its tensors, and that no two layers share one.
+
+    Every other layer is like one of them but for its names, and so is covered as well.
+    """
+
+    def __init__(self) -> None:
+        self._kinds: dict[int, _Kind] = {}
+        self._num_layers: Counter[int] = Counter()
+        self._tiles: list[Tile] = []
+
+    def add(self, kind: _Kind, tiles: Sequence[Tile], begin: int) -> None:
+        """Add a layer, whose tiles are those from `begin`."""
+        self._num_layers[kind.number] += 1
+        if kind.number not in self._kinds:
+            self._kinds[kind.number] = kind
+            self._tiles += tiles[begin:]
+
+    def holds(self, hf: Mapping[str, Shape], mcore: Mapping[str, Shape]) -> bool:
+        """Whether the proof is complete for tensors of these shapes; if not, only a look at all tiles can tell."""
+        num_hf = num_mcore = 0
+        stacked = set()
+        for number, kind in self._kinds.items():
+            num_layers = self._num_layers[number]
+            names = {grid.hf: member.parts for member in kind.members for grid in member.parts.grids}
+            num_hf += num_layers * sum(parts.num_named(name) for name, parts in names.items())
+            num_mcore += num_layers * len({member.key for member in kind.members if not member.parts.stacked})
+            on_axis = {member.key for member in kind.members if member.parts.stacked}
+            if any(mcore[key][0] != num_layers for key in on_axis):
+                return False
+            stacked |= on_axis
+        # Layers can't have more names than that, so where there are as many, all of them are different.
+        if (num_hf, num_mcore + len(stacked)) != (len(hf), len(mcore)):
+            return False
+        sample = {tile.mcore.tensor: mcore[tile.mcore.tensor] for tile in self._tiles}
+        sample |= {key: (1, *mcore[key][1:]) for key in stacked}
+        return not cover_problems(self._tiles, {tile.hf.tensor: hf[tile.hf.tensor] for tile in self._tiles}, sample)
+
+
+def cover_problems(tiles: Sequence[Tile], hf: Mapping[str, Shape], mcore: Mapping[str, Shape]) -> Problems:
+    """Where tiles don't cover tensors of these shapes exactly once."""
     problems = Problems()
     for shapes, is_mcore in ((hf, False), (mcore, True)):
         on: dict[str, list[Tile]] = {name: [] for name in shapes}
@@ -281,4 +360,4 @@ def _prove(tiles: list[Tile], hf: Mapping[str, Shape], mcore: Mapping[str, Shape
                     facts=(f"box from {list(fault.box.start)} of extent {list(fault.box.size)}, shape {list(shape)}",),
                     cure="this is a defect of the family's rules; nothing was written",
                 )
-    problems.raise_if_any()
+    return problems

@@ -202,6 +202,15 @@ class Expanded(NamedTuple):
     num_indexed: int = 0
     stacked: bool = False
 
+    @property
+    def num_tiles(self) -> int:
+        """How many tiles there are in one layer."""
+        return len(self.grids) * (self.num_indexed or 1)
+
+    def num_named(self, template: str) -> int:
+        """How many Hugging Face tensors a template of one of the parts names in one layer."""
+        return (self.num_indexed or 1) if "{e}" in template else 1
+
     def stack(self, num_layers: int) -> Expanded:
         """The same with a leading axis of layers on the Megatron side."""
         grids = tuple(

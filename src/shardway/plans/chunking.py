@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from operator import mul
-from typing import TYPE_CHECKING
+from operator import add, sub
+from typing import TYPE_CHECKING, NamedTuple
 
-from shardway.core.boxes import Box, hull, row_major_strides, span, whole
-from shardway.core.errors import Code
+from shardway.core.boxes import Box, hull, row_major_strides, span
+from shardway.core.errors import Code, Problems
 from shardway.core.tiles import reach
 from shardway.families.parallel import UnevenError, loaded_boxes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from shardway.core.errors import Problems
+    from shardway.core.dtypes import DType
     from shardway.core.tensors import Shape
     from shardway.core.tiles import Tile
+    from shardway.families.mapping import ModelMapping
     from shardway.families.parallel import Parallelism
 
 # Two writers on one file wait for each other (ext4 and XFS lock the inode), so even a small checkpoint is spread over
@@ -25,45 +26,117 @@ _SPREAD_FILES = 16
 _SPREAD_BYTES = 64 * 2**20
 
 
-def chunk_boxes(shape: Shape, tiles: Sequence[Tile], max_elements: int) -> list[tuple[Box, Sequence[Tile]]]:
-    """Cut a Megatron tensor into the chunks that an import writes.
+def layer_chunks(
+    mapping: ModelMapping, dtypes: Mapping[str, DType], most: int
+) -> Iterator[tuple[str, Box, str, int, tuple[int, ...]]]:
+    """The chunks that an import writes: one for each layer and expert.
+
+    Args:
+        mapping: The mapping.
+        dtypes: Type of every Megatron tensor.
+        most: No chunk gets more bytes, unless a single element has.
+
+    Yields:
+        Key and box, the Hugging Face tensor that the chunk begins with, the place in the mosaic from which its tiles
+        count, and their numbers.
+    """
+    cuts: dict[tuple[int, int], list[_Cut]] = {}
+    for kind, first_tile, tiles in mapping.runs():
+        key = tiles[0].mcore.tensor
+        itemsize = dtypes[key].itemsize
+        if (kind, itemsize) not in cuts:
+            cuts[kind, itemsize] = _cuts_of(mapping.mcore[key], tiles, most // itemsize)
+        for leader, offset, size, numbers in cuts[kind, itemsize]:
+            _, (name, _, _), (_, start, _) = tiles[leader]
+            yield key, Box(start if offset is None else tuple(map(add, start, offset)), size), name, first_tile, numbers
+
+
+def chunks_for(
+    parallel: Parallelism, mapping: ModelMapping, dtypes: Mapping[str, DType], most: int
+) -> Iterator[tuple[str, Box, str, int, tuple[int, ...]]]:
+    """Those of a job instead, cut along the shards of its ranks; their tiles are not numbered.
+
+    Raises:
+        ShardwayError: `option-invalid`, for all tensors that can't be cut for it.
+    """
+    on: dict[str, list[Tile]] = {}
+    for tile in mapping.tiles:
+        on.setdefault(tile.mcore.tensor, []).append(tile)
+    problems = Problems()
+    for key, shape in mapping.mcore.items():
+        max_elements = most // dtypes[key].itemsize
+        boxes = shard_boxes(key, shape, parallel, problems)
+        if boxes is None:
+            boxes = [box for box, _ in chunk_boxes(shape, on[key], max_elements)]
+        names = {tile.mcore.base: tile.hf.tensor for tile in on[key]}
+        name = on[key][0].hf.tensor
+        for box in boxes:
+            for part in split_box(box, max_elements):
+                name = names.get(part.start, name)
+                yield key, part, name, 0, ()
+    problems.raise_if_any()
+
+
+class _Cut(NamedTuple):
+    """A chunk of a run of tiles, and of all runs of that kind.
+
+    Attributes:
+        leader: Number of the tile that it begins with.
+        offset: Where it begins, from where that tile does; None where that is the same.
+        size: Extent of its box.
+        tiles: Numbers of the tiles that may reach into it.
+    """
+
+    leader: int
+    offset: Shape | None
+    size: Shape
+    tiles: tuple[int, ...]
+
+
+def _cuts_of(shape: Shape, tiles: Sequence[Tile], max_elements: int) -> list[_Cut]:
+    """The chunks of a tensor, or of a layer of it."""
+    first = {tile.mcore.base: number for number, tile in enumerate(tiles)}
+    leader = 0
+    found = []
+    for (start, size), numbers in chunk_boxes(shape, tiles, max_elements):
+        leader = first.get(start, leader)
+        base = tiles[leader].mcore.base
+        found.append(_Cut(leader, None if start == base else tuple(map(sub, start, base)), size, numbers))
+    return found
+
+
+def chunk_boxes(shape: Shape, tiles: Sequence[Tile], max_elements: int) -> list[tuple[Box, tuple[int, ...]]]:
+    """Cut a Megatron tensor, or a layer of it, into the chunks that an import writes.
 
     A chunk is what one layer's tiles fill together: interleaved parts (query, key, value) share one, parts that lie
     one after the other (gate, up) get one each, as Megatron Bridge writes them.
 
     Args:
         shape: Global shape of the tensor.
-        tiles: All its tiles.
+        tiles: All tiles that it, or the layer, has.
         max_elements: No chunk gets more elements than this.
 
     Returns:
-        Boxes that are contiguous in row-major order and cover the tensor exactly once, by rising position; with each
-        the tiles that may reach into it, by rising position.
+        Boxes that are contiguous in row-major order and cover what the tiles do exactly once, by rising position; with
+        each the numbers of the tiles that may reach into it, by rising position of these.
     """
     strides = row_major_strides(shape)
     spans = []
-    lengths: dict[Shape, int] = {}
-    for number, (sizes, _, (_, base, steps)) in enumerate(tiles):
-        extent = reach(sizes, steps, len(shape))
-        if extent not in lengths:
-            first, last = span(whole(extent), strides)
-            lengths[extent] = last - first
-        first = sum(map(mul, base, strides))
-        spans.append((first, first + lengths[extent], number, extent))
+    for number, tile in enumerate(tiles):
+        box = Box(tile.mcore.base, reach(tile.sizes, tile.mcore.steps, len(shape)))
+        spans.append((*span(box, strides), number, box))
     spans.sort()
-    groups: list[tuple[list[Box], list[Tile]]] = []
+    groups: list[tuple[list[Box], list[int]]] = []
     reached = -1
-    for first, last, number, extent in spans:
-        tile = tiles[number]
-        box = Box(tile.mcore.base, extent)
+    for first, last, number, box in spans:
         if first > reached:
-            groups.append(([box], [tile]))
+            groups.append(([box], [number]))
         else:
-            boxes, on_them = groups[-1]
+            boxes, numbers = groups[-1]
             boxes.append(box)
-            on_them.append(tile)
+            numbers.append(number)
         reached = max(reached, last)
-    return [(part, on_them) for boxes, on_them in groups for part in split_box(hull(boxes), max_elements)]
+    return [(part, tuple(numbers)) for boxes, numbers in groups for part in split_box(hull(boxes), max_elements)]
 
 
 def shard_boxes(key: str, shape: Shape, parallel: Parallelism | None, problems: Problems) -> list[Box] | None:

@@ -17,7 +17,7 @@ from shardway.formats.iterations import TRAIN_STATE
 from shardway.formats.quantised import copy_problems, dequantised_notes
 from shardway.formats.run_config import RUN_CONFIG, run_config_yaml
 from shardway.formats.torch_dist import common_pt, extra_state, metadata_json, train_state_pt
-from shardway.plans.chunking import chunk_boxes, shard_boxes, split_box
+from shardway.plans.chunking import chunks_for, layer_chunks
 from shardway.plans.laying import Blob, Described, lay_out
 from shardway.plans.matching import match_huggingface
 from shardway.plans.model import Direction, Plan
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from shardway.core.dtypes import DType
-    from shardway.core.tiles import Tile
     from shardway.families.mapping import ModelMapping
     from shardway.families.parallel import Parallelism
     from shardway.formats.huggingface import HuggingFaceCheckpoint
@@ -210,31 +209,19 @@ def _lay_out(
     Returns:
         Where everything goes, and the streams, unless chunks are cut for a job.
     """
-    on: dict[str, list[Tile]] = {}
-    for tile in mapping.tiles:
-        on.setdefault(tile.mcore.tensor, []).append(tile)
     order = {name: place for place, name in enumerate(mapping.hf)}
     tensors = source.catalog.tensors
     most = max(options.max_file_bytes - _MAX_FRAME_BYTES, BLOCK_BYTES)
-    problems = Problems()
+    parallel = options.parallel
+    chunks = chunks_for(parallel, mapping, dtypes, most) if parallel else layer_chunks(mapping, dtypes, most)
     blobs: list[Blob] = []
-    for key, shape in mapping.mcore.items():
+    for key, box, leader, first_tile, tiles in chunks:
         dtype = dtypes[key]
-        boxes = shard_boxes(key, shape, options.parallel, problems)
-        if boxes is None:
-            cut = chunk_boxes(shape, on[key], most // dtype.itemsize)
-        else:
-            cut = [(part, ()) for box in boxes for part in split_box(box, most // dtype.itemsize)]
-        first = {tile.mcore.base: tile for tile in on[key]}
-        tile = on[key][0]
-        for box, tiles in cut:
-            tile = first.get(box.start, tile)
-            align, phase = _phase(tensors[tile.hf.tensor], math.prod(box.size) * dtype.itemsize, dtype)
-            blobs.append(Blob(order[tile.hf.tensor], key, box, dtype, align, phase, tiles))
-    problems.raise_if_any()
+        align, phase = _phase(tensors[leader], math.prod(box.size) * dtype.itemsize, dtype)
+        blobs.append(Blob(order[leader], key, box, dtype, align, phase, first_tile, tiles))
     blobs.sort()
     laid = lay_out(blobs, [extra_state()], options.max_file_bytes)
-    return laid, None if options.parallel else chunk_streams(blobs, laid.chunks, tensors)
+    return laid, None if parallel else chunk_streams(blobs, laid.chunks, mapping.tiles, tensors)
 
 
 def _phase(tensor: StoredTensor, num_bytes: int, dtype: DType) -> tuple[int, int]:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from shardway.core.boxes import Box
     from shardway.core.dtypes import DType
     from shardway.core.tensors import StoredTensor
-    from shardway.core.tiles import Tile
 
 
 class Blob(NamedTuple):
@@ -33,7 +32,8 @@ class Blob(NamedTuple):
         dtype: The tensor's type.
         align: Its first element comes to lie at a multiple of this many bytes ...
         phase: ... and so many bytes.
-        tiles: The tiles that reach into it, where they are known; some that don't may be among them.
+        first_tile: What the numbers of its tiles count from, as a place in the mosaic.
+        tiles: Those of the tiles that reach into it, where they are known; some that don't may be among them.
     """
 
     place: int
@@ -42,7 +42,8 @@ class Blob(NamedTuple):
     dtype: DType
     align: int
     phase: int
-    tiles: Sequence[Tile] = ()
+    first_tile: int = 0
+    tiles: Sequence[int] = ()
 
 
 class Laid:
@@ -61,15 +62,20 @@ class Laid:
         self.objects: list[DcpLocation] = []
         self.edges: dict[str, array[int]] = {}
 
-    def blob(self, chunk: Chunk) -> tuple[int, int]:
-        """Where the blob of a chunk starts in its file, and its size in bytes."""
-        edges = self.edges[chunk.file]
-        past = bisect_right(edges, chunk.offset)
+    def blob(self, file: str, offset: int) -> tuple[int, int]:
+        """Where the blob of a chunk starts in its file, and its size in bytes.
+
+        Args:
+            file: The chunk's file.
+            offset: Where the chunk's first element is in it.
+        """
+        edges = self.edges[file]
+        past = bisect_right(edges, offset)
         return edges[past - 1], edges[past] - edges[past - 1]
 
     def blob_offset(self, chunk: Chunk) -> int:
         """Where the blob of a chunk starts in its file."""
-        return self.blob(chunk)[0]
+        return self.blob(chunk.file, chunk.offset)[0]
 
 
 class Described(Mapping[str, DcpTensor]):
@@ -87,7 +93,10 @@ class Described(Mapping[str, DcpTensor]):
     def __getitem__(self, key: str) -> DcpTensor:
         _, dtype, shape, chunks = self._tensors[key]
         blob = self._laid.blob
-        return DcpTensor(dtype, shape, tuple(DcpChunk(c.start, c.size, DcpLocation(c.file, *blob(c))) for c in chunks))
+        described = [
+            DcpChunk(start, size, DcpLocation(file, *blob(file, offset))) for start, size, file, offset in chunks
+        ]
+        return DcpTensor(dtype, shape, tuple(described))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -116,8 +125,8 @@ def lay_out(blobs: Sequence[Blob], objects: Sequence[bytes], max_file_bytes: int
         at += len(contents)
     last = 0
     edges = laid.edges[name] = array("Q")
-    sizes = [math.prod(box.size) * dtype.itemsize for _, _, box, dtype, _, _, _ in blobs]
-    for number, (_, key, box, dtype, align, phase, _) in zip(assign_files(sizes, max_file_bytes), blobs, strict=True):
+    sizes = [math.prod(box.size) * dtype.itemsize for _, _, box, dtype, *_ in blobs]
+    for number, (_, key, box, dtype, align, phase, *_) in zip(assign_files(sizes, max_file_bytes), blobs, strict=True):
         head, length = tensor_blob_extent(dtype, box.size, offset=at, align=align, phase=phase)
         if number != last or (at and at + length > max_file_bytes):
             laid.targets.append(TargetFile(name, at, literals))

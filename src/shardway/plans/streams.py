@@ -85,7 +85,8 @@ def build_streams(
     on: dict[str, list[Tile]] = {}
     for tile in tiles:
         on.setdefault(tile.mcore.tensor, []).append(tile)
-    table = _Table(hf)
+    ordered: list[Tile] = []
+    table = _Table(hf, ordered)
     for name, tensor in mcore.items():
         strides = row_major_strides(tensor.shape)
         on_it = on.pop(name, [])
@@ -100,28 +101,29 @@ def build_streams(
             while waiting and waiting[-1][0] <= last:
                 _, end, _, tile = waiting.pop()
                 if end >= first:
-                    live.append((end, len(table.tiles)))
-                    table.tiles.append(tile)
+                    live.append((end, len(ordered)))
+                    ordered.append(tile)
             table.add(name, tensor.dtype, chunks, [number for _, number in live])
     return Streams(table, array("I", sorted(range(len(table)), key=table.place)))
 
 
-def chunk_streams(blobs: Iterable[Blob], chunks: Mapping[str, list[Chunk]], hf: Mapping[str, StoredTensor]) -> Streams:
+def chunk_streams(
+    blobs: Iterable[Blob], chunks: Mapping[str, list[Chunk]], tiles: Sequence[Tile], hf: Mapping[str, StoredTensor]
+) -> Streams:
     """A stream for each chunk: what `build_streams` makes of chunks that are contiguous in their tensors.
 
     Args:
         blobs: In the order in which they lie in the files, with their tiles.
         chunks: What has been made of them, by key and in that order.
+        tiles: The mosaic.
         hf: The tensors of the Hugging Face side; their chunks cover them exactly once.
     """
-    table = _Table(hf)
+    table = _Table(hf, tiles)
     following = {key: iter(found) for key, found in chunks.items()}
-    for _, key, box, dtype, _, _, tiles in blobs:
+    for _, key, box, dtype, _, _, first, numbers in blobs:
         chunk = next(following[key])
         if math.prod(box.size):
-            past = len(table.tiles)
-            table.tiles += tiles
-            table.add(key, dtype, (chunk,), range(past, past + len(tiles)))
+            table.add(key, dtype, (chunk,), [first + number for number in numbers])
     return Streams(table, range(len(table)))
 
 
@@ -130,10 +132,11 @@ class _Table:
 
     Args:
         hf: The tensors of the Hugging Face side.
+        tiles: What the numbers of tiles count.
     """
 
-    def __init__(self, hf: Mapping[str, StoredTensor]) -> None:
-        self.tiles: list[Tile] = []
+    def __init__(self, hf: Mapping[str, StoredTensor], tiles: Sequence[Tile]) -> None:
+        self._tiles = tiles
         self._hf = hf
         self._finders = {name: _ChunkFinder(tensor) for name, tensor in hf.items() if len(tensor.chunks) > 1}
         self._chunks: list[Chunk] = []
@@ -170,7 +173,7 @@ class _Table:
     def _pieces(self, number: int, box: Box) -> tuple[Piece, ...]:
         pieces: list[Piece] = []
         for place in range(self._past_tile[number - 1] if number else 0, self._past_tile[number]):
-            for cut in restrict(self.tiles[self._tile_numbers[place]], box, mcore=True):
+            for cut in restrict(self._tiles[self._tile_numbers[place]], box, mcore=True):
                 source = self._hf[cut.hf.tensor]
                 if len(source.chunks) == 1:
                     pieces.append(Piece(cut, source.chunks[0]))

@@ -14,7 +14,7 @@ from shardway.core.dtypes import dtype_of_torch
 from shardway.core.errors import Code, ShardwayError
 from shardway.families.config import HFConfig
 from shardway.families.layout import Layout
-from shardway.families.mapping import map_model, variants_in
+from shardway.families.mapping import cover_problems, map_model, variants_in
 from shardway.families.registry import family_of
 from shardway.formats.huggingface import open_huggingface
 from shardway.formats.safetensors_layout import lay_out
@@ -64,10 +64,11 @@ def check_family(
     mapping = map_model(hf_config, variants=variants)
     check_words(family_of(hf_config))
     _claims_every_tensor(mapping, shapes)
+    _covers_every_tensor(mapping)
     layouts = [mapping.layout]
     try:
         other = Layout.PER_LAYER if mapping.layout is Layout.STACKED else Layout.STACKED
-        map_model(hf_config, other, variants=variants)
+        _covers_every_tensor(map_model(hf_config, other, variants=variants))
         layouts.append(other)
     except ShardwayError as error:
         _expect(error.codes == {Code.OPTION_INVALID}, f"another layout is refused for the wrong reason: {error}")
@@ -99,6 +100,12 @@ def _claims_every_tensor(mapping: ModelMapping, shapes: Mapping[str, Shape]) -> 
     _expect(
         all(not key.startswith("decoder.layers.") for key in wrong), f"{mapping.layout} does not show in {wrong[:8]}"
     )
+
+
+def _covers_every_tensor(mapping: ModelMapping) -> None:
+    """Look at every tile, where `map_model` itself looks at one layer of each kind."""
+    problems = cover_problems(mapping.tiles, mapping.hf, mapping.mcore)
+    _expect(not problems, f"{len(problems)} tensors are not covered once, element by element")
 
 
 def _weights(mapping: ModelMapping, shapes: Mapping[str, Shape], dtypes: Mapping[str, str]) -> Weights:

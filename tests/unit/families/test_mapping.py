@@ -13,11 +13,12 @@ from tests.property.tilings import indices
 from tests.tiny import ARCHITECTURES, Array, Tiny
 
 from shardway.core.errors import ShardwayError
+from shardway.families import mapping as mapping_module
 from shardway.families import registry
 from shardway.families.config import HFConfig
 from shardway.families.layout import Layout, extra_state_keys, extra_state_module, layout_of
 from shardway.families.llama import LLAMA
-from shardway.families.mapping import map_model
+from shardway.families.mapping import cover_problems, map_model
 from shardway.families.rules import Part, Rule, expand, extent, holds, qkv, rows, same, split
 
 LAYOUTS = st.sampled_from(list(Layout))
@@ -41,6 +42,35 @@ def test_both_sides_are_enumerated(architecture: str, layout: Layout, tied: bool
     assert {tile.mcore.tensor for tile in mapping.tiles} == set(mapping.mcore)
     assert mapping.aliases == ({"lm_head.weight": "model.embed_tokens.weight"} if tied else {})
     assert layout_of(mapping.mcore) is layout
+
+
+@pytest.mark.parametrize("layout", list(Layout))
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3MoeForCausalLM"])
+def test_tiles_come_in_runs_and_one_layer_of_a_kind_proves_all(architecture: str, layout: Layout) -> None:
+    config = Tiny(layers=4).config
+    if architecture != "LlamaForCausalLM":
+        config = config | {"architectures": [architecture], "num_experts": 3, "moe_intermediate_size": 8}
+        config |= {"num_experts_per_tok": 2, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    with mock.patch.object(mapping_module, "cover_problems", wraps=cover_problems) as looked:
+        mapping = map_model(HFConfig(config), layout)
+    ((sample, *_), _) = looked.call_args
+    assert looked.call_count == 1
+    assert len(sample) < len(mapping.tiles) / 2
+    assert not cover_problems(mapping.tiles, mapping.hf, mapping.mcore)
+    assert [tile for _, _, tiles in mapping.runs() for tile in tiles] == list(mapping.tiles)
+    alike: dict[int, object] = {}
+    filled: set[tuple[str, int]] = set()
+    for kind, begin, tiles in mapping.runs():
+        assert tiles[0] is mapping.tiles[begin]
+        (key,) = {tile.mcore.tensor for tile in tiles}
+        layer = tiles[0].mcore.base[0] if layout is Layout.STACKED and key.startswith("decoder.layers.") else 0
+        assert (key, layer) not in filled
+        filled.add((key, layer))
+        form = [
+            (tile.sizes, tile.hf[1:], (tile.mcore.base[0] - layer, *tile.mcore.base[1:]), tile.mcore.steps)
+            for tile in tiles
+        ]
+        assert alike.setdefault(kind, form) == form
 
 
 def test_the_order_of_an_export_is_that_of_the_model() -> None:
