@@ -154,6 +154,7 @@ def map_model(
     shifts: dict[str, float] = {}
     extra_state = dict.fromkeys(f"{module}._extra_state/shard_0_1" for module in family.extra_state)
     shared = {name: name for name in known}
+    bases: dict[Shape, Shape] = {}
     run_kinds = array("I")
     run_lengths: list[int] = []
     first_runs: list[int] = []
@@ -169,7 +170,7 @@ def map_model(
             key = fill(template, names)
             key = shared.setdefault(key, key)  # one string for all layers that share a key
             mcore[key] = parts.mcore_shape
-            for shape, tile in parts.tiles(key, names, on_axis, shared):
+            for shape, tile in parts.tiles(key, names, on_axis, shared, bases):
                 hf[tile.hf.tensor] = shape
                 tiles.append(tile)
             if rule.dtype:

@@ -223,7 +223,7 @@ class Expanded(NamedTuple):
         return Expanded((num_layers, *self.mcore_shape), grids, self.num_indexed, stacked=True)
 
     def tiles(
-        self, mcore: str, names: Placeholders, layer: int | None, known: Mapping[str, str]
+        self, mcore: str, names: Placeholders, layer: int | None, known: Mapping[str, str], bases: dict[Shape, Shape]
     ) -> Iterator[tuple[Shape, Tile]]:
         """The tiles of one layer, each with the shape of its Hugging Face tensor.
 
@@ -232,6 +232,7 @@ class Expanded(NamedTuple):
             names: What placeholders in the parts' names stand for.
             layer: Place along the leading axis of layers, where there is one.
             known: Names that are strings already, by themselves.
+            bases: Places along layers and experts that are tuples already, by themselves; gets those that are not.
         """
         named = [(grid, fill(grid.hf, names)) for grid in self.grids]
         for expert in range(self.num_indexed or 1):
@@ -241,6 +242,7 @@ class Expanded(NamedTuple):
                 if mcore_index is not None:
                     name = name.replace("{e}", str(expert))
                     base = (*base[:mcore_index], expert, *base[mcore_index + 1 :])
+                base = bases.setdefault(base, base)
                 if hf_index is not None:
                     hf_base = (*hf_base[:hf_index], expert, *hf_base[hf_index + 1 :])
                 yield shape, Tile(sizes, Side(known.get(name, name), hf_base, hf_steps), Side(mcore, base, steps))

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from shardway.core.dtypes import DType
+    from shardway.core.tensors import Chunk
     from shardway.families.mapping import ModelMapping
     from shardway.families.parallel import Parallelism
     from shardway.formats.huggingface import HuggingFaceCheckpoint
@@ -85,12 +86,11 @@ def plan_import(
     dtypes = _dtypes(source.catalog.tensors, mapping, options.dtype, problems)
     problems.raise_if_any()
 
-    laid, streams = _lay_out(source, mapping, dtypes, options)
+    laid, chunks, streams = _lay_out(source, mapping, dtypes, options)
     catalog = Catalog(
         root=destination,
         tensors={
-            key: StoredTensor(key, dtypes[key], shape, tuple(laid.chunks.pop(key)))
-            for key, shape in mapping.mcore.items()
+            key: StoredTensor(key, dtypes[key], shape, tuple(chunks.pop(key))) for key, shape in mapping.mcore.items()
         },
     )
     if streams is None:
@@ -203,11 +203,11 @@ def _lay_out(
     mapping: ModelMapping,
     dtypes: Mapping[str, DType],
     options: ImportOptions,
-) -> tuple[Laid, Streams | None]:
+) -> tuple[Laid, dict[str, list[Chunk]], Streams | None]:
     """Give every chunk its file and place, in the order of the model's layers.
 
     Returns:
-        Where everything goes, and the streams, unless chunks are cut for a job.
+        Where everything goes, the chunks by key, and the streams, unless chunks are cut for a job.
     """
     order = {name: place for place, name in enumerate(mapping.hf)}
     tensors = source.catalog.tensors
@@ -220,8 +220,8 @@ def _lay_out(
         align, phase = _phase(tensors[leader], math.prod(box.size) * dtype.itemsize, dtype)
         blobs.append(Blob(order[leader], key, box, dtype, align, phase, first_tile, tiles))
     blobs.sort()
-    laid = lay_out(blobs, [extra_state()], options.max_file_bytes)
-    return laid, None if parallel else chunk_streams(blobs, laid.chunks, mapping.tiles, tensors)
+    laid, found = lay_out(blobs, [extra_state()], options.max_file_bytes)
+    return laid, found, None if parallel else chunk_streams(blobs, found, mapping.tiles, tensors)
 
 
 def _phase(tensor: StoredTensor, num_bytes: int, dtype: DType) -> tuple[int, int]:

@@ -50,14 +50,12 @@ class Laid:
     """Where everything goes.
 
     Attributes:
-        chunks: By key.
         targets: The files.
         objects: Where each object is.
         edges: By file, where the blobs of chunks start, one after the other, and where the last one ends.
     """
 
     def __init__(self) -> None:
-        self.chunks: dict[str, list[Chunk]] = {}
         self.targets: list[TargetFile] = []
         self.objects: list[DcpLocation] = []
         self.edges: dict[str, array[int]] = {}
@@ -105,15 +103,21 @@ class Described(Mapping[str, DcpTensor]):
         return len(self._tensors)
 
 
-def lay_out(blobs: Sequence[Blob], objects: Sequence[bytes], max_file_bytes: int) -> Laid:
+def lay_out(
+    blobs: Sequence[Blob], objects: Sequence[bytes], max_file_bytes: int
+) -> tuple[Laid, dict[str, list[Chunk]]]:
     """Give everything its file and place: objects first, then chunks in their order, files filled evenly.
 
     Args:
         blobs: The chunks.
         objects: Files of `torch.save`.
         max_file_bytes: No file grows larger, unless a single chunk or object does.
+
+    Returns:
+        Where everything goes, and the chunks by key, in the order of the blobs.
     """
     laid = Laid()
+    chunks: dict[str, list[Chunk]] = {}
     name, at = _file_name(0), 0
     literals: tuple[tuple[int, bytes], ...] = ()
     for contents in objects:
@@ -134,13 +138,12 @@ def lay_out(blobs: Sequence[Blob], objects: Sequence[bytes], max_file_bytes: int
             name, at, literals, last = _file_name(len(laid.targets)), 0, (), number
             edges = laid.edges[name] = array("Q")
             head, length = tensor_blob_extent(dtype, box.size, offset=at, align=align, phase=phase)
-        chunk = Chunk(box.start, box.size, name, at + head)
-        laid.chunks.setdefault(key, []).append(chunk)
+        chunks.setdefault(key, []).append(Chunk(box.start, box.size, name, at + head))
         edges.append(at)
         at += length
     edges.append(at)
     laid.targets.append(TargetFile(name, at, literals))
-    return laid
+    return laid, chunks
 
 
 def _file_name(number: int) -> str:

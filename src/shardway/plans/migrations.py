@@ -110,12 +110,12 @@ def plan_migration(
     if not options.common_pt:
         kept.append(common)
     blobs = [cut.blob for cut in cuts]
-    laid = lay_out(blobs, kept, options.max_file_bytes)
+    laid, chunks = lay_out(blobs, kept, options.max_file_bytes)
     places = {key: laid.objects[positions[key]] for key in relaid.objects}
     if not options.common_pt:
         places[COMMON_STATE] = laid.objects[-1]
     tensors = {
-        key: StoredTensor(key, dtype, shape, tuple(laid.chunks.get(key, ())))
+        key: StoredTensor(key, dtype, shape, tuple(chunks.get(key, ())))
         for key, (dtype, shape) in relaid.tensors.items()
     }
     small_files = {

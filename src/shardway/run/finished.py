@@ -61,7 +61,4 @@ class FinishedFiles:
             self._left.subtract(batch.files)
             finished = [name for name in sorted(batch.files) if not self._left[name]]
         for name in finished:
-            known: dict[tuple[str, tuple[int, ...]], str] = {}
-            for digests in self._digests():
-                known |= digests.get(name, {})
-            self._journal.add(name, known)
+            self._journal.add(name, *(digests.get(name, {}) for digests in self._digests()))

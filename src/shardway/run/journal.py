@@ -6,6 +6,7 @@ A journal is a hint and never a proof: whoever goes on from it checks what it na
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import threading
@@ -14,13 +15,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from shardway.run.files import failing
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from shardway.formats.record import ChunkDigests
 
 _MAX_BYTES = 2**30
 _VERSION = 1
+_AT_ONCE = 1024  # digests
 
 
 class Finished(NamedTuple):
@@ -54,7 +56,7 @@ class Journal:
         with failing("begin a journal", new):
             self._descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o666)
             try:
-                self._append({"format": _VERSION, "key": key})
+                self._append([json.dumps({"format": _VERSION, "key": key})])
                 for name, digests in finished.files.items():
                     self._append(_entry(name, digests))
                 new.replace(path)
@@ -62,13 +64,13 @@ class Journal:
                 os.close(self._descriptor)
                 raise
 
-    def add(self, name: str, digests: ChunkDigests) -> None:
-        """Note that every byte of a file is written; never raises."""
-        self._note(_entry(name, digests))
+    def add(self, name: str, *digests: ChunkDigests) -> None:
+        """Note that every byte of a file is written, and the digests of its chunks; never raises."""
+        self._note(_entry(name, *digests))
 
     def publishing(self, inode: int) -> None:
         """Note that the directory of this inode is about to be published; never raises."""
-        self._note({"published": inode})
+        self._note([json.dumps({"published": inode})])
 
     def close(self) -> None:
         """Close the file; it stays."""
@@ -78,19 +80,20 @@ class Journal:
                 with contextlib.suppress(OSError):
                     os.close(descriptor)
 
-    def _note(self, entry: dict[str, object]) -> None:
+    def _note(self, line: Iterable[str]) -> None:
         with self._lock:
             if self._broken or self._descriptor < 0:
                 return
             try:
-                self._append(entry)
+                self._append(line)
             except OSError:
                 self._broken = True  # a hint less: no reason to give up the work of hours
 
-    def _append(self, entry: dict[str, object]) -> None:
-        line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
-        while line:
-            line = line[os.write(self._descriptor, line) :]
+    def _append(self, line: Iterable[str]) -> None:
+        for text in itertools.chain(line, "\n"):
+            part = text.encode()
+            while part:
+                part = part[os.write(self._descriptor, part) :]
 
 
 def read_journal(path: Path, key: str) -> Finished:
@@ -119,5 +122,12 @@ def read_journal(path: Path, key: str) -> Finished:
     return Finished(files=files, published=published)
 
 
-def _entry(name: str, digests: ChunkDigests) -> dict[str, object]:
-    return {"file": name, "digests": [[tensor, list(start), digest] for (tensor, start), digest in digests.items()]}
+def _entry(name: str, *digests: ChunkDigests) -> Iterator[str]:
+    """The line of a file piece by piece, for a file may hold tens of thousands of chunks."""
+    yield f'{{"file":{json.dumps(name)},"digests":['
+    comma = ""
+    found = itertools.chain.from_iterable(each.items() for each in digests)
+    while some := [(tensor, start, digest) for (tensor, start), digest in itertools.islice(found, _AT_ONCE)]:
+        yield comma + json.dumps(some, separators=(",", ":"))[1:-1]
+        comma = ","
+    yield "]}"

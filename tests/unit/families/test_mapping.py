@@ -204,7 +204,7 @@ def test_expanded_extents(dims: dict[str, int], sizes: list[str]) -> None:
     assert expanded.mcore_shape == (sum(extent(size, dims) for size in sizes), dims["H"])
     stacked = expanded.stack(7)
     assert stacked.mcore_shape == (7, *expanded.mcore_shape)
-    for k, (shape, tile) in enumerate(stacked.tiles("m", (("{i}", "5"),), 5, {})):
+    for k, (shape, tile) in enumerate(stacked.tiles("m", (("{i}", "5"),), 5, {}, {})):
         assert tile.hf.tensor == f"p{k}.5"
         assert shape == (extent(sizes[k], dims), dims["H"])
         assert tile.mcore.base[0] == 5
@@ -215,7 +215,7 @@ def moved(parts: tuple[Part, ...], dims: dict[str, int], arrays: dict[str, Array
     """What the parts make of Hugging Face arrays, element by element."""
     expanded = expand(parts, dims)
     made = np.full(expanded.mcore_shape, -1)
-    for shape, tile in expanded.tiles("m", (), None, {}):
+    for shape, tile in expanded.tiles("m", (), None, {}, {}):
         assert arrays[tile.hf.tensor].shape == shape
         theirs, ours = indices(tile, mcore=False), indices(tile, mcore=True)
         assert (made[tuple(ours.T)] == -1).all()
