@@ -56,7 +56,7 @@ class Journal:
         with failing("begin a journal", new):
             self._descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o666)
             try:
-                self._append([json.dumps({"format": _VERSION, "key": key})])
+                self._append([_compact({"format": _VERSION, "key": key})])
                 for name, digests in finished.files.items():
                     self._append(_entry(name, digests))
                 new.replace(path)
@@ -70,7 +70,7 @@ class Journal:
 
     def publishing(self, inode: int) -> None:
         """Note that the directory of this inode is about to be published; never raises."""
-        self._note([json.dumps({"published": inode})])
+        self._note([_compact({"published": inode})])
 
     def close(self) -> None:
         """Close the file; it stays."""
@@ -90,10 +90,13 @@ class Journal:
                 self._broken = True  # a hint less: no reason to give up the work of hours
 
     def _append(self, line: Iterable[str]) -> None:
-        for text in itertools.chain(line, "\n"):
-            part = text.encode()
-            while part:
-                part = part[os.write(self._descriptor, part) :]
+        # In one piece where the system takes it so: who is killed in the middle of a line has noted nothing.
+        waiting = bytearray()
+        for text in line:
+            waiting += text.encode()
+        waiting += b"\n"
+        while waiting:
+            del waiting[: os.write(self._descriptor, waiting)]
 
 
 def read_journal(path: Path, key: str) -> Finished:
@@ -124,10 +127,14 @@ def read_journal(path: Path, key: str) -> Finished:
 
 def _entry(name: str, *digests: ChunkDigests) -> Iterator[str]:
     """The line of a file piece by piece, for a file may hold tens of thousands of chunks."""
-    yield f'{{"file":{json.dumps(name)},"digests":['
+    yield f'{{"file":{_compact(name)},"digests":['
     comma = ""
     found = itertools.chain.from_iterable(each.items() for each in digests)
     while some := [(tensor, start, digest) for (tensor, start), digest in itertools.islice(found, _AT_ONCE)]:
-        yield comma + json.dumps(some, separators=(",", ":"))[1:-1]
+        yield comma + _compact(some)[1:-1]
         comma = ","
     yield "]}"
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))
