@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 from array import array
-from itertools import repeat
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from shardway.formats.pickle_writer import (
     APPENDS,
@@ -25,7 +24,7 @@ from shardway.formats.pickle_writer import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from shardway.core.dtypes import DType
     from shardway.core.tensors import Shape
@@ -37,45 +36,17 @@ METADATA = "torch.distributed.checkpoint.metadata"
 FILESYSTEM = "torch.distributed.checkpoint.filesystem"
 
 _END = SETITEMS + BUILD
-
-
-class _Phrase:
-    """Opcodes, strings and classes that occur together again and again."""
-
-    def __init__(self, *words: _Word) -> None:
-        self.words = words
-
-
-_TENSOR = _Phrase((METADATA, "TensorStorageMetadata"), NEW_OBJECT, EMPTY_DICT, MARK, "properties")
-_SIZE = _Phrase("size")
-_CHUNKS = _Phrase("chunks", EMPTY_LIST, MARK)
-_CHUNK = _Phrase((METADATA, "ChunkStorageMetadata"), NEW_OBJECT, EMPTY_DICT, MARK, "offsets")
-_SIZES = _Phrase("sizes")
-_INDEX = _Phrase((METADATA, "MetadataIndex"), NEW_OBJECT, EMPTY_DICT, MARK, "fqn")
-_NO_INDEX = _Phrase("index", NONE)
-_NO_INDEX_BUT_OFFSET = _Phrase("index", NONE, "offset")
-_INFO = _Phrase(_END, (FILESYSTEM, "_StorageInfo"), NEW_OBJECT, EMPTY_DICT, MARK, "relative_path")
-_OFFSET = _Phrase("offset")
-_LENGTH = _Phrase("length")
-
-_Key = TypeVar("_Key")
-
-
-class _Spelled(dict[_Key, bytes]):
-    """How things are spelled: what defines a thing when it is asked for the first time, what refers to it after that.
-
-    Args:
-        spell: What to write for a thing, by what the writer remembers.
-    """
-
-    def __init__(self, spell: Callable[[_Key], bytes]) -> None:
-        super().__init__()
-        self._spell = spell
-
-    def __missing__(self, key: _Key) -> bytes:
-        definition = self._spell(key)
-        self[key] = self._spell(key)
-        return definition
+_TENSOR: tuple[_Word, ...] = ((METADATA, "TensorStorageMetadata"), NEW_OBJECT, EMPTY_DICT, MARK, "properties")
+_SIZE: tuple[_Word, ...] = ("size",)
+_CHUNKS: tuple[_Word, ...] = ("chunks", EMPTY_LIST, MARK)
+_CHUNK: tuple[_Word, ...] = ((METADATA, "ChunkStorageMetadata"), NEW_OBJECT, EMPTY_DICT, MARK, "offsets")
+_SIZES: tuple[_Word, ...] = ("sizes",)
+_INDEX: tuple[_Word, ...] = ((METADATA, "MetadataIndex"), NEW_OBJECT, EMPTY_DICT, MARK, "fqn")
+_NO_INDEX: tuple[_Word, ...] = ("index", NONE)
+_NO_INDEX_BUT_OFFSET: tuple[_Word, ...] = ("index", NONE, "offset")
+_INFO: tuple[_Word, ...] = (_END, (FILESYSTEM, "_StorageInfo"), NEW_OBJECT, EMPTY_DICT, MARK, "relative_path")
+_OFFSET: tuple[_Word, ...] = ("offset",)
+_LENGTH: tuple[_Word, ...] = ("length",)
 
 
 class MetadataEmitter:
@@ -84,15 +55,13 @@ class MetadataEmitter:
     def __init__(self) -> None:
         self._writer = PickleWriter(4)
         self._out = io.BytesIO()
-        self._phrases = _Spelled(self._spell_phrase)
-        self._sizes = _Spelled(self._spell_size)
-        self._texts = _Spelled(self._writer.text)
+        self._phrases: dict[tuple[_Word, ...], bytes] = {}
 
     def metadata(
         self, tensors: Mapping[str, DcpTensor], objects: Mapping[str, DcpLocation], save_id: str | None
     ) -> bytes:
         """The whole pickle; see `shardway.formats.dcp.write_metadata`."""
-        writer, phrases, texts = self._writer, self._phrases, self._texts
+        writer = self._writer
         put = self._out.writelines
         put((writer.start, writer.reference(METADATA, "Metadata"), NEW_OBJECT, EMPTY_DICT, MARK))
         put((writer.text("state_dict_metadata"), EMPTY_DICT, MARK))
@@ -100,20 +69,28 @@ class MetadataEmitter:
         for key, (dtype, shape, chunks) in tensors.items():
             number = self._key(key)
             self._tensor(dtype, shape, chunks)
-            starts = [self._sizes[start] for start, _, _ in chunks]
-            places.add(repeat(number, len(chunks)), starts, [location for _, _, location in chunks])
-        numbers = []
-        for key in objects:
-            numbers.append(self._key(key))
+            for start, _, location in chunks:
+                places.add(number, self._size(start), location)
+        for key, location in objects.items():
+            places.add(self._key(key), None, location)
             put((writer.reference(METADATA, "BytesStorageMetadata"), NEW_OBJECT))
-        places.add(numbers, repeat(None, len(numbers)), objects.values())
         put((SETITEMS, writer.text("planner_data"), NONE))
         put((writer.text("storage_data"), EMPTY_DICT, MARK))
         for number, begin, file, offset, length in places:
-            put((phrases[_INDEX], fetch(number)))
-            put((phrases[_NO_INDEX],) if begin is None else (phrases[_NO_INDEX_BUT_OFFSET], begin))
-            where = phrases[_INFO], texts[file], phrases[_OFFSET], integer(offset), phrases[_LENGTH], integer(length)
-            put((*where, _END))
+            put(
+                (
+                    self._phrase(_INDEX),
+                    fetch(number),
+                    self._phrase(_NO_INDEX) if begin is None else self._phrase(_NO_INDEX_BUT_OFFSET) + begin,
+                    self._phrase(_INFO),
+                    writer.text(file),
+                    self._phrase(_OFFSET),
+                    integer(offset),
+                    self._phrase(_LENGTH),
+                    integer(length),
+                    _END,
+                )
+            )
         put((SETITEMS, writer.text("storage_meta"), writer.reference(METADATA, "StorageMeta"), NEW_OBJECT))
         put((EMPTY_DICT, MARK, writer.text("checkpoint_id"), NONE))
         put((writer.text("save_id"), NONE if save_id is None else writer.text(save_id)))
@@ -128,27 +105,29 @@ class MetadataEmitter:
         return number
 
     def _tensor(self, dtype: DType, shape: Shape, chunks: Sequence[DcpChunk]) -> None:
-        phrases, sizes = self._phrases, self._sizes
         put = self._out.writelines
-        put((phrases[_TENSOR], self._properties(dtype), phrases[_SIZE], sizes[shape], phrases[_CHUNKS]))
+        put((self._phrase(_TENSOR), self._properties(dtype), self._phrase(_SIZE), self._size(shape)))
+        self._out.write(self._phrase(_CHUNKS))
         for start, size, _ in chunks:
-            put((phrases[_CHUNK], sizes[start], phrases[_SIZES], sizes[size], _END))
+            put((self._phrase(_CHUNK), self._size(start), self._phrase(_SIZES), self._size(size), _END))
         put((APPENDS, _END))
 
-    def _spell_phrase(self, phrase: _Phrase) -> bytes:
+    def _phrase(self, words: tuple[_Word, ...]) -> bytes:
+        """Opcodes, strings and classes that occur together again and again."""
+        known = self._phrases.get(words)
+        if known is None:
+            first = self._spelled(words)  # defines what the memo lacks
+            self._phrases[words] = self._spelled(words)  # refers to it
+            return first
+        return known
+
+    def _spelled(self, words: tuple[_Word, ...]) -> bytes:
         writer = self._writer
         found = (
             word if isinstance(word, bytes) else writer.text(word) if isinstance(word, str) else writer.reference(*word)
-            for word in phrase.words
+            for word in words
         )
         return b"".join(found)
-
-    def _spell_size(self, values: Shape) -> bytes:
-        writer = self._writer
-        known = writer.recall(values)
-        if known is not None:
-            return known
-        return writer.memoise(values, writer.reference("torch", "Size") + writer.integers(values) + b"\x85" + REDUCE)
 
     def _properties(self, dtype: DType) -> bytes:
         writer = self._writer
@@ -183,6 +162,13 @@ class MetadataEmitter:
         cls = writer.reference(METADATA, "_MEM_FORMAT_ENCODING")
         return writer.memoise(("memory format",), cls + integer(0) + b"\x85" + REDUCE)
 
+    def _size(self, values: Shape) -> bytes:
+        writer = self._writer
+        known = writer.recall(values)
+        if known is not None:
+            return known
+        return writer.memoise(values, writer.reference("torch", "Size") + writer.integers(values) + b"\x85" + REDUCE)
+
 
 class _Places:
     """Which chunk, or object, is where, column by column, without a tuple and three numbers for each."""
@@ -194,13 +180,14 @@ class _Places:
         self._offsets = array("q")
         self._lengths = array("q")
 
-    def add(self, keys: Iterable[int], starts: Iterable[bytes | None], locations: Collection[DcpLocation]) -> None:
-        """Add numbers of keys, the opcodes that fetch the starts of chunks, and the places of these."""
-        self._keys.extend(keys)
-        self._starts.extend(starts)
-        self._files += [file for file, _, _ in locations]
-        self._offsets.extend([offset for _, offset, _ in locations])
-        self._lengths.extend([length for _, _, length in locations])
+    def add(self, key: int, start: bytes | None, location: DcpLocation) -> None:
+        """Add the number of a key, the opcodes that fetch the start of a chunk, and the place."""
+        file, offset, length = location
+        self._keys.append(key)
+        self._starts.append(start)
+        self._files.append(file)
+        self._offsets.append(offset)
+        self._lengths.append(length)
 
     def __iter__(self) -> Iterator[tuple[int, bytes | None, str, int, int]]:
         return zip(self._keys, self._starts, self._files, self._offsets, self._lengths, strict=True)

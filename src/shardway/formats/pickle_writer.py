@@ -12,9 +12,7 @@ MARK, BUILD, REDUCE, STOP, BINPERSID = b"(", b"b", b"R", b".", b"Q"
 TUPLE, APPENDS, SETITEMS = b"t", b"e", b"u"
 EMPTY_LIST, EMPTY_TUPLE, EMPTY_DICT = b"]", b")", b"}"
 NONE, TRUE, FALSE = b"N", b"\x88", b"\x89"
-_UINT32 = struct.Struct("<I").pack
-_OP_UINT16, _OP_UINT32, _OP_INT32 = (struct.Struct(kind).pack for kind in ("<cH", "<cI", "<ci"))
-_SMALL = tuple(b"K" + bytes((value,)) for value in range(256))
+_UINT16, _UINT32, _INT32 = (struct.Struct(kind).pack for kind in ("<H", "<I", "<i"))
 NEW_OBJECT = b")\x81"  # EMPTY_TUPLE NEWOBJ: an instance of the class before it, made without arguments
 
 
@@ -49,7 +47,7 @@ class PickleWriter:
         self._num_memoised += 1
         if self._protocol >= 4:
             return number, definition + b"\x94"
-        return number, definition + (b"q" + bytes((number,)) if number < 256 else _OP_UINT32(b"r", number))
+        return number, definition + (b"q" + bytes((number,)) if number < 256 else b"r" + _UINT32(number))
 
     def recall(self, key: Hashable) -> bytes | None:
         """The opcodes that fetch what was memoised under `key`, or None."""
@@ -99,17 +97,17 @@ class PickleWriter:
 
 def fetch(number: int) -> bytes:
     """What has this number in the memo."""
-    return b"h" + bytes((number,)) if number < 256 else _OP_UINT32(b"j", number)
+    return b"h" + bytes((number,)) if number < 256 else b"j" + _UINT32(number)
 
 
 def integer(value: int) -> bytes:
     """An integer, in the shortest form."""
     if 0 <= value < 256:
-        return _SMALL[value]
+        return b"K" + bytes((value,))
     if 0 <= value < 65536:
-        return _OP_UINT16(b"M", value)
+        return b"M" + _UINT16(value)
     if -(2**31) <= value < 2**31:
-        return _OP_INT32(b"J", value)
+        return b"J" + _INT32(value)
     data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
     return b"\x8a" + bytes((len(data),)) + data
 

@@ -60,20 +60,15 @@ class Laid:
         self.objects: list[DcpLocation] = []
         self.edges: dict[str, array[int]] = {}
 
-    def blob(self, file: str, offset: int) -> tuple[int, int]:
-        """Where the blob of a chunk starts in its file, and its size in bytes.
-
-        Args:
-            file: The chunk's file.
-            offset: Where the chunk's first element is in it.
-        """
-        edges = self.edges[file]
-        past = bisect_right(edges, offset)
+    def blob(self, chunk: Chunk) -> tuple[int, int]:
+        """Where the blob of a chunk starts in its file, and its size in bytes."""
+        edges = self.edges[chunk.file]
+        past = bisect_right(edges, chunk.offset)
         return edges[past - 1], edges[past] - edges[past - 1]
 
     def blob_offset(self, chunk: Chunk) -> int:
         """Where the blob of a chunk starts in its file."""
-        return self.blob(chunk.file, chunk.offset)[0]
+        return self.blob(chunk)[0]
 
 
 class Described(Mapping[str, DcpTensor]):
@@ -91,10 +86,7 @@ class Described(Mapping[str, DcpTensor]):
     def __getitem__(self, key: str) -> DcpTensor:
         _, dtype, shape, chunks = self._tensors[key]
         blob = self._laid.blob
-        described = [
-            DcpChunk(start, size, DcpLocation(file, *blob(file, offset))) for start, size, file, offset in chunks
-        ]
-        return DcpTensor(dtype, shape, tuple(described))
+        return DcpTensor(dtype, shape, tuple(DcpChunk(c.start, c.size, DcpLocation(c.file, *blob(c))) for c in chunks))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

@@ -56,9 +56,9 @@ class Journal:
         with failing("begin a journal", new):
             self._descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o666)
             try:
-                self._append([_compact({"format": _VERSION, "key": key})])
+                self._append(_line([_compact({"format": _VERSION, "key": key})]))
                 for name, digests in finished.files.items():
-                    self._append(_entry(name, digests))
+                    self._append(_line(_entry(name, digests)))
                 new.replace(path)
             except BaseException:
                 os.close(self._descriptor)
@@ -66,11 +66,11 @@ class Journal:
 
     def add(self, name: str, *digests: ChunkDigests) -> None:
         """Note that every byte of a file is written, and the digests of its chunks; never raises."""
-        self._note(_entry(name, *digests))
+        self._note(_line(_entry(name, *digests)))
 
     def publishing(self, inode: int) -> None:
         """Note that the directory of this inode is about to be published; never raises."""
-        self._note([_compact({"published": inode})])
+        self._note(_line([_compact({"published": inode})]))
 
     def close(self) -> None:
         """Close the file; it stays."""
@@ -80,7 +80,7 @@ class Journal:
                 with contextlib.suppress(OSError):
                     os.close(descriptor)
 
-    def _note(self, line: Iterable[str]) -> None:
+    def _note(self, line: bytearray) -> None:
         with self._lock:
             if self._broken or self._descriptor < 0:
                 return
@@ -89,14 +89,10 @@ class Journal:
             except OSError:
                 self._broken = True  # a hint less: no reason to give up the work of hours
 
-    def _append(self, line: Iterable[str]) -> None:
+    def _append(self, line: bytearray) -> None:
         # In one piece where the system takes it so: who is killed in the middle of a line has noted nothing.
-        waiting = bytearray()
-        for text in line:
-            waiting += text.encode()
-        waiting += b"\n"
-        while waiting:
-            del waiting[: os.write(self._descriptor, waiting)]
+        while line:
+            del line[: os.write(self._descriptor, line)]
 
 
 def read_journal(path: Path, key: str) -> Finished:
@@ -134,6 +130,14 @@ def _entry(name: str, *digests: ChunkDigests) -> Iterator[str]:
         yield comma + _compact(some)[1:-1]
         comma = ","
     yield "]}"
+
+
+def _line(parts: Iterable[str]) -> bytearray:
+    line = bytearray()
+    for text in parts:
+        line += text.encode()
+    line += b"\n"
+    return line
 
 
 def _compact(value: object) -> str:
