@@ -132,10 +132,7 @@ def tensor_blob_frame(dtype: DType, shape: Shape, *, offset: int = 0, align: int
     Raises:
         ShardwayError: `dtype-unsupported` for elements smaller than a byte.
     """
-    template = _template(dtype, shape)
-    head = template.before + local_header(_DATA, template.num_bytes, _padding(template, offset, align, phase))
-    start = len(head) + template.num_bytes
-    return TensorFrame(head, template.central + directory_end(4, len(template.central), start), template.num_bytes)
+    return _framed(dtype, shape, _padding(_template(dtype, shape), offset, align, phase))
 
 
 def tensor_blob_extent(dtype: DType, shape: Shape, *, offset: int, align: int, phase: int) -> tuple[int, int]:
@@ -187,6 +184,15 @@ class _Template(NamedTuple):
 
 
 _DATA = b"archive/data/0"
+
+
+@lru_cache(maxsize=256)
+def _framed(dtype: DType, shape: Shape, padding: int) -> TensorFrame:
+    """The frame with this padding, which experts and layers that lie alike in their files share."""
+    template = _template(dtype, shape)
+    head = template.before + local_header(_DATA, template.num_bytes, padding)
+    start = len(head) + template.num_bytes
+    return TensorFrame(head, template.central + directory_end(4, len(template.central), start), template.num_bytes)
 
 
 @lru_cache(maxsize=4096)

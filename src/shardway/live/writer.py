@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from shardway.live.records import ObjectShard, Shard
     from shardway.live.state import LiveState
 
-_STEP_BYTES = 2**20  # hashed and then written while it is in the cache
+_STEP_BYTES = 2 * WRITE_BYTES  # hashed and then written while it is in the cache
 
 
 class _Job(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol, overload
 
@@ -119,10 +120,13 @@ def batches(streams: Sequence[Stream], written_to: Callable[[Stream], tuple[str,
 
 
 class Engine:
-    """Runs batches on threads.
+    """Runs batches on threads, as far as possible on files that no other thread is working on.
+
+    Files are worked through in order, so that few are unfinished at a time; when fewer than two for each thread are
+    left, those come first of which most is left, so that in the end no thread is alone with one.
 
     Args:
-        work: The batches; a thread prefers one whose file no other thread is working on.
+        work: The batches.
         make_worker: Makes the worker of one thread.
         num_workers: Number of threads, at least 1.
         written: Called with each batch when it is done, on the thread that did it.
@@ -135,11 +139,14 @@ class Engine:
         num_workers: int,
         written: Callable[[Batch], None] = lambda _: None,
     ) -> None:
-        self._waiting = list(reversed(work))
+        self._waiting: dict[str, list[Batch]] = {}  # by file, the next one last
+        for batch in reversed(work):
+            self._waiting.setdefault(batch.file, []).append(batch)
+        self._waiting = dict(reversed(self._waiting.items()))
         self._make_worker = make_worker
         self._num_workers = max(1, min(num_workers, len(work)))
         self._written = written
-        self._active: dict[str, int] = {}
+        self._active: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._team = Team()
 
@@ -165,15 +172,16 @@ class Engine:
         with self._lock:
             if not self._waiting or self._team.stopped.is_set():
                 return None
-            places = range(len(self._waiting) - 1, -1, -1)
-            place = next((k for k in places if self._waiting[k].file not in self._active), len(self._waiting) - 1)
-            batch = self._waiting.pop(place)
-            self._active[batch.file] = self._active.get(batch.file, 0) + 1
+            file = next((name for name in self._waiting if not self._active[name]), "")
+            if not file or len(self._waiting) < 2 * self._num_workers:
+                file = min(self._waiting, key=lambda name: (self._active[name], -len(self._waiting[name])))
+            batch = self._waiting[file].pop()
+            if not self._waiting[file]:
+                del self._waiting[file]
+            self._active[file] += 1
             return batch
 
     def _done(self, batch: Batch) -> None:
         with self._lock:
             self._active[batch.file] -= 1
-            if not self._active[batch.file]:
-                del self._active[batch.file]
         self._written(batch)

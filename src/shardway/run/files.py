@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP}  # some network filesystems have no fsync of a directory
-WRITE_BYTES = 2**18  # of a call: for more at a time the kernel wants memory in pieces that are slow to come by
+WRITE_BYTES = 2**19 - 2**12  # of a call: for more the kernel wants memory in larger pieces, which are slow to come by
 _MOST_OPEN = 400  # on either side; a process may often open 1,024
 
 

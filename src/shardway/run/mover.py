@@ -1,6 +1,6 @@
 """Moving one stream: bytes pass through a small buffer from the files of one side to the files of the other.
 
-A buffer of a megabyte stays in the processor's cache, so that the digest of what passes costs next to nothing
+A buffer of two megabytes stays in the processor's cache, so that the digest of what passes costs next to nothing
 (docs/design/0003-moving-bytes.md has the measurements).
 """
 
@@ -17,6 +17,7 @@ from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.core.tiles import linearise, runs
 from shardway.plans.model import Direction
 from shardway.plans.streams import frame
+from shardway.run.files import WRITE_BYTES
 from shardway.run.losses import Losses
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from shardway.run.clone import Cloner
     from shardway.run.files import Files
 
-BUFFER_BYTES = 2**20
+BUFFER_BYTES = 4 * WRITE_BYTES
 _NEAR_BYTES = 64  # between places in a page; 31 or fewer are too near where it was measured
 _SHORT_RUN_BYTES = 4096
 _FEW_RUNS = 64

@@ -104,6 +104,32 @@ def test_threads_prefer_files_of_their_own() -> None:
     assert pairs == [{"a", "b"}] * 10
 
 
+def test_the_last_files_are_worked_on_in_turns() -> None:
+    """Of three files of the same size, no thread may be left with the third alone."""
+    work = [Batch(file, (stream(file, k),)) for file in "abc" for k in range(8)]
+    together = threading.Barrier(2, timeout=30)
+    pairs: list[list[str]] = []
+    lock = threading.Lock()
+
+    def move(found: Stream) -> None:
+        if together.wait() == 0:
+            pairs.append([])
+        together.wait()
+        with lock:
+            pairs[-1].append(found.chunks[0].file)
+
+    Engine(work, lambda: Worker(move), 2).run()
+    assert len(pairs) == 12
+    assert all(len(set(pair)) == 2 for pair in pairs)
+
+
+def test_one_thread_finishes_a_file_before_it_begins_another() -> None:
+    work = [Batch(file, (stream(file, k),)) for file in "abc" for k in range(3)]
+    order: list[str] = []
+    Engine(work, lambda: Worker(lambda found: order.append(found.chunks[0].file)), 1).run()
+    assert order == sorted(order)
+
+
 def test_an_error_stops_the_others() -> None:
     work = [Batch("a", tuple(stream("a", k) for k in range(1000))), Batch("b", (stream("b", 0),))]
     failed = threading.Event()
