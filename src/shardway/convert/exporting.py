@@ -327,7 +327,7 @@ def prepare_export(checkpoint: TorchDistCheckpoint, hf: Path | None, target: Pat
         copied = tuple((file.name, file.name) for file in small_files)
         if hf is None:
             used = [f"{HF_FOLDER}/{name}" for name, _ in copied]
-    record = read_record(checkpoint.root)
+    record = read_record(checkpoint.root, checkpoint.catalog.tensors)
     if record is not None:
         check_small_files(checkpoint, record, used)
     hf_config = HFConfig(config, str(companions / CONFIG_FILE))

@@ -16,7 +16,7 @@ from shardway.run.progress import Meter
 from shardway.run.publish import Staging
 from shardway.run.source import unchanged
 from shardway.verification.compare import check_readable, compare_plan
-from shardway.verification.recording import digest_files
+from shardway.verification.recording import digest_frames, digest_small_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -122,6 +122,7 @@ def make(work: Work, running: Running) -> Made:
         staging = Staging(lease, replace=replace, sync=running.fsync)
         finished, journal = resume(plan, lease, staging, num_workers, progress)
         losses = Losses()
+        files = digest_frames(plan)  # takes memory that the digests of chunks will need
         with contextlib.closing(journal):
             meter = Meter("copy", plan.mcore.num_bytes, progress)
             meter.advance(resumed_bytes(plan, finished))
@@ -139,7 +140,7 @@ def make(work: Work, running: Running) -> Made:
                     supply,
                 )
                 work.check(digests)
-                files = digest_files(plan, staging.path)
+                files |= digest_small_files(plan, staging.path)
                 staging.write(RECORD_FILE, wanted.record.with_digests(digests, files).parts())
                 if running.verify:
                     check_readable(plan, staging.path)

@@ -99,7 +99,8 @@ def work_key(plan: Plan, source: str) -> str:
     for target in plan.targets:
         hasher.update(f"{target.name}\0{target.num_bytes}\0".encode())
         for offset, literal in target.literals:
-            hasher.update(f"{offset}\0{len(literal)}\0".encode() + literal)
+            hasher.update(f"{offset}\0{len(literal)}\0".encode())
+            hasher.update(literal)
     for name, contents in plan.small_files.items():
         hasher.update(f"{name}\0{len(contents)}\0".encode())
         hasher.update(contents)

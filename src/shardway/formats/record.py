@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from shardway.core.tensors import StoredTensor
+
 RECORD_FILE = "shardway.json"
 _MAX_BYTES = 256 * 2**20
 _VERSION = 2
@@ -124,8 +126,12 @@ class Record(NamedTuple):
         yield _with_own_digest(bytes(waiting), hasher.hexdigest())
 
 
-def read_record(folder: Path) -> Record | None:
+def read_record(folder: Path, tensors: Mapping[str, StoredTensor] = {}) -> Record | None:
     """The record of an iteration folder, every byte of it as it was written; None where there is none.
+
+    Args:
+        folder: The folder.
+        tensors: Tensors whose names are not to be held in memory a second time.
 
     Raises:
         ShardwayError: `record-invalid` when there is one that can't be understood or was changed, `path-escapes` when
@@ -146,7 +152,7 @@ def read_record(folder: Path) -> Record | None:
     if document.get("digest") != _own_digest(data) or _with_own_digest(data, document["digest"]) != data:
         raise _invalid(path, "it was changed or damaged after it was written: its own digest does not fit")
     try:
-        record = _parse(document)
+        record = _parse(document, tensors)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _invalid(path, f"{type(error).__name__}: {error!s:.200}") from error
     escaping = [name for name in record.files if not is_plain_path(name)]
@@ -156,7 +162,7 @@ def read_record(folder: Path) -> Record | None:
     return record
 
 
-def _parse(document: dict[str, Any]) -> Record:
+def _parse(document: dict[str, Any], tensors: Mapping[str, StoredTensor]) -> Record:
     digests = document["digests"]
     if digests["algorithm"] != _ALGORITHM:
         raise ValueError(f"its digests are not {_ALGORITHM}")
@@ -175,7 +181,7 @@ def _parse(document: dict[str, Any]) -> Record:
             scheme: tuple(map(_text, names))
             for scheme, names in document.get("quantised", {}).items()  # records of 0.1.0 have none
         },
-        digests=_chunk_digests(digests["chunks"]),
+        digests=_chunk_digests(digests["chunks"], tensors),
         files={
             name: FileDigest(_size(file["bytes"]), _text(file["digest"])) for name, file in digests["files"].items()
         },
@@ -194,16 +200,17 @@ def _listed(digests: ChunkDigests) -> Iterator[str]:
         yield "\n  "
 
 
-def _chunk_digests(listed: dict[str, dict[str, str]]) -> ChunkDigests:
+def _chunk_digests(listed: dict[str, dict[str, str]], tensors: Mapping[str, StoredTensor]) -> ChunkDigests:
     """The digests of chunks as they are listed; takes them out of the list."""
     found: dict[tuple[str, tuple[int, ...]], str] = {}
     starts: dict[str, tuple[int, ...]] = {"": ()}  # layers and experts have most of them in common
     for tensor in list(listed):
+        name = tensors[tensor].name if tensor in tensors else tensor
         for text, digest in listed.pop(tensor).items():
             start = starts.get(text)
             if start is None:
                 start = starts[text] = tuple(map(int, text.split(".")))
-            found[tensor, start] = _text(digest)
+            found[name, start] = _text(digest)
     return found
 
 

@@ -98,7 +98,9 @@ def plan_export(
         plain = config if names else without_quantisation(config)
         small_files["config.json"] = config_with_dtype(plain, options.dtype)
         copied_files = tuple(file for file in copied_files if file[0] != "config.json")
-    carried = [tile for tile in mapping.tiles if tile.hf.tensor not in names]
+    notes = tuple(_notes(source, mapping, dtypes, narrowed, padded, config, names))
+    del dtypes  # as large as all that building streams takes
+    carried = [tile for tile in mapping.tiles if tile.hf.tensor not in names] if names else mapping.tiles
     streams = build_streams(carried, tensors, source.tensors).with_pieces()
     made = plan_requantised(names, config, mapping.tiles, tensors, source.tensors, streams) if names else None
     return Plan(
@@ -110,7 +112,7 @@ def plan_export(
         targets=tuple(targets),
         small_files=small_files,
         copied_files=copied_files,
-        notes=tuple(_notes(source, mapping, dtypes, narrowed, padded, config, names)),
+        notes=notes,
         requantised=made,
     )
 

@@ -64,7 +64,7 @@ def chunk_problems(tensors: Iterable[StoredTensor]) -> list[Problem]:
 
 
 def build_streams(
-    tiles: Iterable[Tile],
+    tiles: Sequence[Tile],
     hf: Mapping[str, StoredTensor],
     mcore: Mapping[str, StoredTensor],
     *,
@@ -82,27 +82,30 @@ def build_streams(
     Returns:
         Streams that together hold every element of every tensor in `mcore` once, ordered by file and offset.
     """
-    on: dict[str, list[Tile]] = {}
-    for tile in tiles:
-        on.setdefault(tile.mcore.tensor, []).append(tile)
-    ordered: list[Tile] = []
-    table = _Table(hf, ordered)
-    for name, tensor in mcore.items():
+    table = _Table(hf, tiles)
+    # Side by side in the order of names, for lists of the tiles of each tensor would take more memory than the streams.
+    numbers = array("I", sorted(range(len(tiles)), key=lambda number: tiles[number].mcore.tensor))
+    reached = 0
+    for name in sorted(mcore):
+        on_it = []
+        while reached < len(numbers) and (on := tiles[numbers[reached]].mcore.tensor) <= name:
+            if on == name:
+                on_it.append(numbers[reached])
+            reached += 1
+        tensor = mcore[name]
         strides = row_major_strides(tensor.shape)
-        on_it = on.pop(name, [])
         found = slabs(tensor)
         if not importing:
-            found = _with_whole_combs(found, on_it, hf, tensor.shape)
-        waiting = sorted(((*span(_box(tile), strides), k, tile) for k, tile in enumerate(on_it)), reverse=True)
+            found = _with_whole_combs(found, [tiles[number] for number in on_it], hf, tensor.shape)
+        waiting = sorted(((*span(_box(tiles[number]), strides), number) for number in on_it), reverse=True)
         live: list[tuple[int, int]] = []
         for box, chunks in found:
             first, last = span(box, strides)
-            live = [(end, number) for end, number in live if end >= first]
+            live = [(past, number) for past, number in live if past >= first]
             while waiting and waiting[-1][0] <= last:
-                _, end, _, tile = waiting.pop()
-                if end >= first:
-                    live.append((end, len(ordered)))
-                    ordered.append(tile)
+                _, past, number = waiting.pop()
+                if past >= first:
+                    live.append((past, number))
             table.add(name, tensor.dtype, chunks, [number for _, number in live])
     return Streams(table, array("I", sorted(range(len(table)), key=table.place)))
 

@@ -12,7 +12,6 @@ from shardway.plans.streams import frame
 from shardway.run.files import failing
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from shardway.plans.model import Plan
@@ -20,21 +19,17 @@ if TYPE_CHECKING:
 _STEP_BYTES = 2**20
 
 
-def digest_files(plan: Plan, written: Path) -> dict[str, FileDigest]:
-    """What the record of an import says about the files that it wrote.
-
-    The frames of the chunks are taken from the plan, so that a frame that was written otherwise will be found; only the
-    files that were copied are read.
+def digest_small_files(plan: Plan, written: Path) -> dict[str, FileDigest]:
+    """What the record says about the files of a conversion that hold no chunks; only those that were copied are read.
 
     Args:
-        plan: The import that was executed.
+        plan: The conversion that was executed.
         written: Where its files are now.
 
     Raises:
         ShardwayError: `io-failed`.
     """
     return {
-        **_digest_targets(plan),
         **{name: digest_bytes(contents) for name, contents in plan.small_files.items()},
         **{name: _digest_file(written / name) for name, _ in plan.copied_files},
     }
@@ -55,7 +50,12 @@ def _digest_file(path: Path) -> FileDigest:
     return FileDigest(num_bytes, hasher.hexdigest())
 
 
-def _digest_targets(plan: Plan) -> Mapping[str, FileDigest]:
+def digest_frames(plan: Plan) -> dict[str, FileDigest]:
+    """What the record will say about the files that hold chunks: from the plan, so that frames written otherwise show.
+
+    Args:
+        plan: An import or a migration.
+    """
     hashers = {target.name: xxhash.xxh3_128() for target in plan.targets}
     literals = {target.name: list(target.literals) for target in plan.targets}
     blobs = ((chunk.file, chunk.offset, chunk, stream.dtype) for stream in plan.streams for chunk in stream.chunks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 import os
@@ -246,3 +247,34 @@ def test_verify_of_one_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (document["equal"], document["b"], document["differences"][0]["file"]) == (False, None, str(path))
     assert main(["verify", str(LLAMA)]) == 1
     assert "record-missing" in capsys.readouterr().err
+
+
+_BLOCKS = """
+import ctypes
+from shardway.cli.main import main
+
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks a b c d e f".split()]
+
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = Info
+main(["families"])
+large = bytes(2**23)
+del large  # from now on, glibc by itself takes blocks up to that size from its heap
+before = libc.mallinfo2().hblks
+kept = bytes(2**20)
+print("blocks of their own:", libc.mallinfo2().hblks - before)
+"""
+
+
+@pytest.mark.parametrize(("setting", "found"), [(None, 1), (str(2**25), 0)], ids=["by itself", "the user's"])
+def test_large_blocks_of_memory_are_given_back(setting: str | None, found: int) -> None:
+    if not hasattr(ctypes.CDLL(None), "mallinfo2"):
+        pytest.skip("not glibc 2.33 or later")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    if setting is not None:
+        environment["MALLOC_MMAP_THRESHOLD_"] = setting
+    done = subprocess.run(
+        [sys.executable, "-c", _BLOCKS], env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.endswith(f"blocks of their own: {found}\n")
