@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol, overload
 
@@ -139,10 +139,9 @@ class Engine:
         num_workers: int,
         written: Callable[[Batch], None] = lambda _: None,
     ) -> None:
-        self._waiting: dict[str, list[Batch]] = {}  # by file, the next one last
-        for batch in reversed(work):
-            self._waiting.setdefault(batch.file, []).append(batch)
-        self._waiting = dict(reversed(self._waiting.items()))
+        self._waiting: dict[str, deque[Batch]] = {}
+        for batch in work:
+            self._waiting.setdefault(batch.file, deque()).append(batch)
         self._make_worker = make_worker
         self._num_workers = max(1, min(num_workers, len(work)))
         self._written = written
@@ -175,7 +174,7 @@ class Engine:
             file = next((name for name in self._waiting if not self._active[name]), "")
             if not file or len(self._waiting) < 2 * self._num_workers:
                 file = min(self._waiting, key=lambda name: (self._active[name], -len(self._waiting[name])))
-            batch = self._waiting[file].pop()
+            batch = self._waiting[file].popleft()
             if not self._waiting[file]:
                 del self._waiting[file]
             self._active[file] += 1
