@@ -23,6 +23,7 @@ SIZES = {
     "llama": ("llama",),
     "deep": ("deep",),
     "moe": ("moe",),
+    "many": ("many",),
 }
 Command = list[str]
 
@@ -59,6 +60,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", choices=SIZES, default="full", help="which models (default: 2.5 GB, 3 GB, 3 GB)")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", choices=("fsync", "no-fsync"), help="half of the comparisons")
+    parser.add_argument("--layout", choices=("auto", "stacked", "per-layer"), default="auto", help="of the imports")
     parser.add_argument("--dir", type=Path, default=Path("bench-work"), help="where to work; gets 8 GB at a time")
     parser.add_argument("--keep", action="store_true", help="keep the models")
     parser.add_argument("--json", action="store_true", help="print every sample")
@@ -67,7 +70,7 @@ def main() -> None:
     results: list[Result] = []
     try:
         for name in SIZES[arguments.sizes]:
-            results += measure(name, arguments.dir / name, arguments.rounds)
+            results += measure(name, arguments.dir / name, arguments.rounds, arguments.layout, arguments.only)
             if not arguments.keep:
                 shutil.rmtree(arguments.dir / name)
     finally:
@@ -79,8 +82,8 @@ def main() -> None:
         show(results)
 
 
-def measure(name: str, folder: Path, rounds: int) -> list[Result]:
-    """Make a model and run every pair on it."""
+def measure(name: str, folder: Path, rounds: int, layout: str, only: str | None) -> list[Result]:
+    """Make a model and run every pair on it, or those that force their files to the device, or the others."""
     hf, megatron, output = folder / "hf", folder / "megatron", folder / "output"
     for left in (megatron, output):
         shutil.rmtree(left, ignore_errors=True)
@@ -89,16 +92,16 @@ def measure(name: str, folder: Path, rounds: int) -> list[Result]:
         shutil.rmtree(hf, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "benchmarks.models", name, str(hf)], check=True)
     shardway = program("shardway")
-    run([shardway, "import", str(hf), str(megatron), "--quiet"])
+    run([shardway, "import", str(hf), str(megatron), "--quiet", "--layout", layout])
     pairs = []
-    for verb, source in (("import", hf), ("export", megatron)):
-        ours = [shardway, verb, str(source), str(output), "--quiet"]
+    for verb, source, options in (("import", hf, ["--layout", layout]), ("export", megatron, [])):
+        ours = [shardway, verb, str(source), str(output), "--quiet", *options]
         copy = ["cp", "-r", str(source), str(output)]
         sync = ["sync", "-f", str(output)]
-        pairs += [
-            Pair(f"{verb} --no-fsync", "cp -r", [[*ours, "--no-fsync"]], [copy], output),
-            Pair(verb, "cp -r; sync -f", [ours], [copy, sync], output),
-        ]
+        if only != "fsync":
+            pairs.append(Pair(f"{verb} --no-fsync", "cp -r", [[*ours, "--no-fsync"]], [copy], output))
+        if only != "no-fsync":
+            pairs.append(Pair(verb, "cp -r; sync -f", [ours], [copy, sync], output))
     num_bytes = sum(path.stat().st_size for path in hf.glob("*.safetensors"))
     results = [Result(name, pair, num_bytes, [], []) for pair in pairs]
     warm(hf)

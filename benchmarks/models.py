@@ -184,6 +184,18 @@ MODELS: dict[str, Llama] = {
         tied=True,
         max_shard_bytes=100_000_000,
     ),
+    # 50,000 tiny tensors, for the memory of a whole conversion.
+    "many": Llama(
+        num_layers=5555,
+        hidden=32,
+        heads=2,
+        kv_heads=1,
+        head_dim=16,
+        ffn=64,
+        vocabulary=128,
+        tied=True,
+        max_shard_bytes=20_000_000,
+    ),
     # 50,000 tensors, for planning; its weights are never read.
     "wide": Llama(
         num_layers=5555,
