@@ -12,6 +12,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ SIZES = {
     "many": ("many",),
 }
 Command = list[str]
+_IDLE_S = 4  # after it a host has taken back what was freed, so that it doesn't do so in the middle of a measurement
 
 
 class Pair(NamedTuple):
@@ -61,6 +63,9 @@ def main() -> None:
     parser.add_argument("--sizes", choices=SIZES, default="full", help="which models (default: 2.5 GB, 3 GB, 3 GB)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", choices=("fsync", "no-fsync"), help="half of the comparisons")
+    parser.add_argument(
+        "--warm-memory", action="store_true", help="copy and remove the source before each measurement as well"
+    )
     parser.add_argument("--layout", choices=("auto", "stacked", "per-layer"), default="auto", help="of the imports")
     parser.add_argument("--dir", type=Path, default=Path("bench-work"), help="where to work; gets 8 GB at a time")
     parser.add_argument("--keep", action="store_true", help="keep the models")
@@ -70,7 +75,7 @@ def main() -> None:
     results: list[Result] = []
     try:
         for name in SIZES[arguments.sizes]:
-            results += measure(name, arguments.dir / name, arguments.rounds, arguments.layout, arguments.only)
+            results += measure(name, arguments.dir / name, arguments)
             if not arguments.keep:
                 shutil.rmtree(arguments.dir / name)
     finally:
@@ -82,8 +87,9 @@ def main() -> None:
         show(results)
 
 
-def measure(name: str, folder: Path, rounds: int, layout: str, only: str | None) -> list[Result]:
+def measure(name: str, folder: Path, chosen: argparse.Namespace) -> list[Result]:
     """Make a model and run every pair on it, or those that force their files to the device, or the others."""
+    rounds, layout, only = chosen.rounds, chosen.layout, chosen.only
     hf, megatron, output = folder / "hf", folder / "megatron", folder / "output"
     for left in (megatron, output):
         shutil.rmtree(left, ignore_errors=True)
@@ -111,6 +117,10 @@ def measure(name: str, folder: Path, rounds: int, layout: str, only: str | None)
         for result in results:
             both = [(result.ours, result.pair.commands), (result.others, result.pair.others)]
             for samples, commands in both if number % 2 == 0 else reversed(both):
+                if chosen.warm_memory:
+                    time.sleep(_IDLE_S)
+                    run(result.pair.others[0])
+                    shutil.rmtree(output)
                 samples.append(run(*commands))
                 shutil.rmtree(output)
                 subprocess.run(["sync", "-f", str(folder)], check=True)

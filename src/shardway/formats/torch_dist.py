@@ -356,7 +356,8 @@ def _find_tensors(
     found: dict[tuple[str, Shape], Chunk] = {}
     # One file after the other: a job of thousands of ranks leaves more files than a process may hold open.
     for name in sorted(present & places.keys()):
-        fd = os.open(root / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        file = str(root / name)
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             reached = 0
             for begin, key, chunk in sorted(places[name]):
@@ -364,9 +365,9 @@ def _find_tensors(
                     break
                 if begin < reached:  # a small file could stand for any number of large tensors
                     what = f"a chunk of {key} lies in bytes that belong to another chunk"
-                    problems.add(Code.METADATA_INVALID, what, tensor=key, file=root / name, cure=_CURE_COPY)
+                    problems.add(Code.METADATA_INVALID, what, tensor=key, file=file, cure=_CURE_COPY)
                 reached = begin + chunk.location.length
-                offset = _find_chunk(fd, str(root / name), key, metadata.tensors[key].dtype, chunk, problems)
+                offset = _find_chunk(fd, file, key, metadata.tensors[key].dtype, chunk, problems)
                 found[key, chunk.start] = Chunk(chunk.start, chunk.size, name, offset)
         finally:
             os.close(fd)

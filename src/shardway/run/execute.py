@@ -94,7 +94,11 @@ def execute(
             staging.check()
             # A run that overflows fails, and must not be gone on from; what is quantised is in no batch.
             if plan.requantised is None and not any(mover.losses.overflowed for mover in movers):
-                noted.done(batch)
+                for name in noted.done(batch):
+                    if (
+                        not staging.sync
+                    ):  # else it will be synced, and that has to see what went wrong since it was opened
+                        written.close_finished(name)
             if staging.sync:
                 flusher.flush(batch.file)
 

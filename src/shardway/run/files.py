@@ -71,6 +71,21 @@ class Files:
         if failed is not None:
             raise failed
 
+    def close_finished(self, name: str) -> None:
+        """Close a file that is written to the end, unless it is in use; afterwards it may be opened anew.
+
+        A network filesystem sends what is left of it now, while other files are being written.
+
+        Raises:
+            ShardwayError: As `close`.
+        """
+        with self._lock:
+            file = self._opened.get(name)
+            if file is None or file.num_users:
+                return
+            del self._opened[name]
+        self._close(name, file)
+
     def _close(self, name: str, file: _Opened) -> None:
         try:
             os.close(file.descriptor)

@@ -55,10 +55,11 @@ class FinishedFiles:
         self._lock = threading.Lock()
         self._left = Counter(name for batch in work for name in batch.files)
 
-    def done(self, batch: Batch) -> None:
-        """Count a batch that is done, and note the files that are finished by it."""
+    def done(self, batch: Batch) -> list[str]:
+        """Count a batch that is done; note the files that are finished by it, and return them."""
         with self._lock:
             self._left.subtract(batch.files)
             finished = [name for name in sorted(batch.files) if not self._left[name]]
         for name in finished:
             self._journal.add(name, *(digests.get(name, {}) for digests in self._digests()))
+        return finished

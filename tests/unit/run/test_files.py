@@ -45,6 +45,32 @@ def test_what_a_filesystem_tells_only_when_a_file_is_closed_is_an_error(
         files.close()
 
 
+def test_a_finished_file_is_closed_unless_it_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "f").write_bytes(bytes(4))
+    before = len(os.listdir("/proc/self/fd"))
+    with Files(tmp_path, writable=True) as files:
+        files.close_finished("f")  # not open
+        with files.opened("f") as descriptor:
+            files.close_finished("f")
+            assert os.pread(descriptor, 4, 0) == bytes(4)
+        files.close_finished("f")
+        assert len(os.listdir("/proc/self/fd")) == before
+        files.write_from("f", b"late", 0)
+
+        real = os.close
+
+        def close(descriptor: int) -> None:
+            real(descriptor)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "close", close)
+            with pytest.raises(ShardwayError) as caught:
+                files.close_finished("f")
+    assert caught.value.codes == {"no-space"}
+    assert (tmp_path / "f").read_bytes() == b"late"
+
+
 def test_short_reads_and_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel may move fewer bytes than it was asked for."""
     (tmp_path / "f").write_bytes(bytes(20))
