@@ -81,10 +81,16 @@ def execute(
         movers.append(mover)
         return mover
 
+    def put_down(name: str) -> None:
+        """Close a file until it is needed again; what is synced stays open, so that the sync sees all that failed."""
+        if not staging.sync:
+            written.close_unused(name)
+
     with hf, mcore:
         for target in targets:
             for offset, literal in target.literals:
                 written.write_from(target.name, literal, offset)
+            put_down(target.name)
         streams = unfinished(plan, finished.files)
         waves = [Wave((), streams, ())] if supply is None else in_waves(plan, streams, supply.others)
         work = [batches(wave.streams, partial(files_of, plan)) for wave in waves]
@@ -95,10 +101,7 @@ def execute(
             # A run that overflows fails, and must not be gone on from; what is quantised is in no batch.
             if plan.requantised is None and not any(mover.losses.overflowed for mover in movers):
                 for name in noted.done(batch):
-                    if (
-                        not staging.sync
-                    ):  # else it will be synced, and that has to see what went wrong since it was opened
-                        written.close_finished(name)
+                    put_down(name)
             if staging.sync:
                 flusher.flush(batch.file)
 

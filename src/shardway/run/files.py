@@ -71,10 +71,10 @@ class Files:
         if failed is not None:
             raise failed
 
-    def close_finished(self, name: str) -> None:
-        """Close a file that is written to the end, unless it is in use; afterwards it may be opened anew.
+    def close_unused(self, name: str) -> None:
+        """Close a file, unless it is in use; afterwards it may be opened anew.
 
-        A network filesystem sends what is left of it now, while other files are being written.
+        When it was written, a network filesystem sends what is left of it now, while others are being written.
 
         Raises:
             ShardwayError: As `close`.

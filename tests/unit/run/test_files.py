@@ -45,15 +45,15 @@ def test_what_a_filesystem_tells_only_when_a_file_is_closed_is_an_error(
         files.close()
 
 
-def test_a_finished_file_is_closed_unless_it_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_closed_unless_it_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "f").write_bytes(bytes(4))
     before = len(os.listdir("/proc/self/fd"))
     with Files(tmp_path, writable=True) as files:
-        files.close_finished("f")  # not open
+        files.close_unused("f")  # not open
         with files.opened("f") as descriptor:
-            files.close_finished("f")
+            files.close_unused("f")
             assert os.pread(descriptor, 4, 0) == bytes(4)
-        files.close_finished("f")
+        files.close_unused("f")
         assert len(os.listdir("/proc/self/fd")) == before
         files.write_from("f", b"late", 0)
 
@@ -66,7 +66,7 @@ def test_a_finished_file_is_closed_unless_it_is_in_use(tmp_path: Path, monkeypat
         with monkeypatch.context() as patch:
             patch.setattr(os, "close", close)
             with pytest.raises(ShardwayError) as caught:
-                files.close_finished("f")
+                files.close_unused("f")
     assert caught.value.codes == {"no-space"}
     assert (tmp_path / "f").read_bytes() == b"late"
 
