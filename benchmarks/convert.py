@@ -64,6 +64,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", choices=("fsync", "no-fsync"), help="half of the comparisons")
     parser.add_argument(
+        "--floor", action="store_true", help="beside cp, threads that read, hash and write as well, without a plan"
+    )
+    parser.add_argument(
         "--warm-memory", action="store_true", help="copy and remove the source before each measurement as well"
     )
     parser.add_argument("--layout", choices=("auto", "stacked", "per-layer"), default="auto", help="of the imports")
@@ -106,6 +109,9 @@ def measure(name: str, folder: Path, chosen: argparse.Namespace) -> list[Result]
         sync = ["sync", "-f", str(output)]
         if only != "fsync":
             pairs.append(Pair(f"{verb} --no-fsync", "cp -r", [[*ours, "--no-fsync"]], [copy], output))
+        if chosen.floor:
+            plain = [sys.executable, "-m", "benchmarks.floor", str(source), str(output)]
+            pairs.append(Pair(f"{verb}, no plan", "cp -r", [plain], [copy], output))
         if only != "no-fsync":
             pairs.append(Pair(verb, "cp -r; sync -f", [ours], [copy, sync], output))
     num_bytes = sum(path.stat().st_size for path in hf.glob("*.safetensors"))
