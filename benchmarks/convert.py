@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", choices=("fsync", "no-fsync"), help="half of the comparisons")
     parser.add_argument(
-        "--floor", action="store_true", help="beside cp, threads that read, hash and write as well, without a plan"
+        "--floor", action="store_true", help="hold threads that read, hash and write without a plan against cp, too"
     )
     parser.add_argument(
         "--warm-memory", action="store_true", help="copy and remove the source before each measurement as well"

@@ -1,63 +1,48 @@
-"""The least that a conversion could take: threads read, hash and write the bytes of a directory, without a plan."""
+"""Threads that read, hash and write the bytes of a directory, as conversions do, but without a plan."""
 
 from __future__ import annotations
 
 import itertools
+import mmap
 import os
 import sys
-import threading
+from functools import partial
 from pathlib import Path
 
 import xxhash
 
 from shardway.run.engine import parse_workers
-from shardway.run.files import WRITE_BYTES
+from shardway.run.files import Files
 from shardway.run.mover import BUFFER_BYTES
+from shardway.run.team import Team
 
 
 def main() -> None:
     source, target = map(Path, sys.argv[1:])
-    found = [(path, path.stat().st_size) for path in sorted(source.rglob("*")) if path.is_file()]
-    total = sum(size for _, size in found)
-    for path, size in found:
-        copy = target / path.relative_to(source)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.touch()
-        os.truncate(copy, size)
+    sizes = {str(path.relative_to(source)): path.stat().st_size for path in source.rglob("*") if path.is_file()}
+    for name, size in sizes.items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).touch()
+        os.truncate(target / name, size)
     num_threads = parse_workers(None)
-    edges = [total * number // num_threads for number in range(num_threads + 1)]
-    threads = [
-        threading.Thread(target=work, args=(source, target, found, begin, end))
-        for begin, end in itertools.pairwise(edges)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    edges = [sum(sizes.values()) * number // num_threads for number in range(num_threads + 1)]
+    with Files(source) as read, Files(target, writable=True) as written:
+        Team().run([partial(copy, read, written, sizes, *part) for part in itertools.pairwise(edges)], "floor")
 
 
-def work(source: Path, target: Path, found: list[tuple[Path, int]], begin: int, end: int) -> None:
+def copy(read: Files, written: Files, sizes: dict[str, int], begin: int, end: int) -> None:
     """Copy the bytes from `begin` to `end` of all files one after the other."""
-    buffer = memoryview(bytearray(BUFFER_BYTES))
+    buffer = memoryview(mmap.mmap(-1, BUFFER_BYTES))  # begins with a page: copies to and from elsewhere may be slow
     hasher = xxhash.xxh3_128()
     first = 0
-    for path, size in found:
+    for name, size in sizes.items():
         low, high = max(begin - first, 0), min(end - first, size)
         first += size
-        if low >= high:
-            continue
-        with (
-            path.open("rb", buffering=0) as read,
-            (target / path.relative_to(source)).open("r+b", buffering=0) as written,
-        ):
-            for at in range(low, high, BUFFER_BYTES):
-                view = buffer[: min(BUFFER_BYTES, high - at)]
-                if os.preadv(read.fileno(), [view], at) != len(view):
-                    sys.exit(f"{path} is shorter than it was")
-                hasher.update(view)
-                done = 0
-                while done < len(view):
-                    done += os.pwrite(written.fileno(), view[done : done + WRITE_BYTES], at + done)
+        for at in range(low, high, BUFFER_BYTES):
+            view = buffer[: min(BUFFER_BYTES, high - at)]
+            read.read_into(name, view, at)
+            hasher.update(view)
+            written.write_from(name, view, at)
 
 
 if __name__ == "__main__":
