@@ -26,7 +26,7 @@ from shardway.plans.model import Direction, Plan, TargetFile
 from shardway.plans.streams import build_streams, chunk_problems, slabs
 from shardway.run import blocks, mover, strided
 from shardway.run.execute import execute
-from shardway.run.files import Files
+from shardway.run.files import Files, OpenFile
 from shardway.run.journal import Finished, Journal, read_journal
 from shardway.run.lease import JOURNAL, Lease, staging_directory
 from shardway.run.publish import Staging
@@ -47,6 +47,9 @@ class Limits(NamedTuple):
     buffer: int
     block: int
     few_runs: int
+    runs_ahead: int
+    files_ahead: int
+    most_files: int
     sieve_run: int
     sieve_waste: int
     workers: int
@@ -57,6 +60,9 @@ LIMITS = st.builds(
     buffer=st.integers(1100, 1200),
     block=st.sampled_from([1, 16, 60, 200, 1 << 20]),
     few_runs=st.sampled_from([0, 64]),
+    runs_ahead=st.sampled_from([1, 5, 256]),
+    files_ahead=st.sampled_from([2, 3, 16]),
+    most_files=st.sampled_from([1, 2, 128]),
     sieve_run=st.sampled_from([0, 8, 8192]),
     sieve_waste=st.sampled_from([1, 4, 1000]),
     workers=st.integers(1, 4),
@@ -68,6 +74,9 @@ def limited(limits: Limits) -> Iterator[None]:
     """Run with other limits."""
     with (
         mock.patch.multiple(mover, BUFFER_BYTES=limits.buffer, _FEW_RUNS=limits.few_runs, _SHORT_RUN_BYTES=1 << 40),
+        mock.patch.multiple(
+            mover, _RUNS_AHEAD=limits.runs_ahead, _FILES_AHEAD=limits.files_ahead, _MOST_FILES=limits.most_files
+        ),
         mock.patch.multiple(blocks, BLOCK_BYTES=limits.block),
         mock.patch.multiple(strided, _SIEVE_RUN_BYTES=limits.sieve_run, _SIEVE_WASTE=limits.sieve_waste),
     ):
@@ -153,14 +162,15 @@ def _slices(chunk: Chunk) -> tuple[slice, ...]:
 def writes_counted(files: dict[str, int]) -> Iterator[dict[str, Array]]:
     """Count how often each byte of the files is written."""
     times = {name: np.zeros(size, np.int64) for name, size in files.items()}
-    original = Files.write_from
+    original = OpenFile.write_from
 
-    def write_from(self: Files, name: str, view: memoryview | bytes, offset: int) -> None:
+    def write_from(self: OpenFile, view: memoryview | bytes, offset: int) -> None:
+        name = self.path.name
         assert 0 <= offset <= offset + len(view) <= files[name]
         times[name][offset : offset + len(view)] += 1
-        original(self, name, view, offset)
+        original(self, view, offset)
 
-    with mock.patch.object(Files, "write_from", write_from):
+    with mock.patch.object(OpenFile, "write_from", write_from):
         yield times
 
 

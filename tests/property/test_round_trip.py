@@ -22,7 +22,7 @@ from shardway.formats.torch_dist import open_torch_dist
 from shardway.plans import imports
 from shardway.plans.chunking import assign_files, chunk_boxes, split_box
 from shardway.run import blocks, engine, mover
-from shardway.run.files import Files
+from shardway.run.files import OpenFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,6 +66,7 @@ class Ways(NamedTuple):
     buffer: int
     block: int
     batch: int
+    portion: int
     few_runs: int
 
 
@@ -78,6 +79,7 @@ WAYS = st.builds(
     buffer=st.integers(1100, 1200),
     block=st.sampled_from([1, 64, 1 << 20]),
     batch=st.sampled_from([1, 500, 1 << 20]),
+    portion=st.sampled_from([1, 3, 64]),
     few_runs=st.sampled_from([0, 64]),
 )
 
@@ -87,7 +89,7 @@ def limited(ways: Ways) -> Iterator[None]:
     with (
         mock.patch.multiple(mover, BUFFER_BYTES=ways.buffer, _SHORT_RUN_BYTES=1 << 40, _FEW_RUNS=ways.few_runs),
         mock.patch.multiple(blocks, BLOCK_BYTES=ways.block),
-        mock.patch.multiple(engine, _BATCH_BYTES=ways.batch),
+        mock.patch.multiple(engine, _BATCH_BYTES=ways.batch, _PORTION=ways.portion),
         mock.patch.multiple(imports, _MAX_FRAME_BYTES=900),
     ):
         yield
@@ -137,16 +139,16 @@ def test_import_and_export(model: Tiny, layout: str, ways: Ways, seed: int) -> N
 @given(model=models(), ways=WAYS)
 def test_every_byte_is_written_once(model: Tiny, ways: Ways) -> None:
     written: dict[tuple[str, str], list[tuple[int, int]]] = {}
-    original = Files.write_from
+    original = OpenFile.write_from
 
-    def write_from(self: Files, name: str, view: memoryview | bytes, offset: int) -> None:
-        written.setdefault((self.root.name, name), []).append((offset, offset + len(view)))
-        original(self, name, view, offset)
+    def write_from(self: OpenFile, view: memoryview | bytes, offset: int) -> None:
+        written.setdefault((self.path.parent.name, self.path.name), []).append((offset, offset + len(view)))
+        original(self, view, offset)
 
     with tempfile.TemporaryDirectory() as directory, limited(ways):
         root = Path(directory)
         model.write(root / "hf")
-        with mock.patch.object(Files, "write_from", write_from):
+        with mock.patch.object(OpenFile, "write_from", write_from):
             shardway.import_hf(
                 root / "hf", root / "mcore", max_file_size=ways.max_file_size, workers=ways.workers, fsync=False
             )

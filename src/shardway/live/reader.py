@@ -212,8 +212,8 @@ class CountedFiles(Files):
         done = 0
         if len(views) > 1:
             total = sum(map(len, views))
-            with self.opened(name) as descriptor, failing(f"read {total} bytes at {offset}", self.root / name):
-                done = os.preadv(descriptor, views, offset)
+            with self.opened(name) as file, failing(f"read {total} bytes at {offset}", file.path):
+                done = os.preadv(file.descriptor, views, offset)
             with self._counting:
                 self.num_read_bytes += done
         for view in views:

@@ -17,7 +17,7 @@ from shardway.plans.combs import keep_whole
 from shardway.plans.model import Piece, Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from shardway.core.dtypes import DType
     from shardway.core.tensors import Chunk, Shape, StoredTensor
@@ -168,21 +168,38 @@ class _Table:
         self._past_tile.append(len(self._tile_numbers))
 
     def make(self, number: int) -> Stream:
-        begin, end = self._past_chunk[number - 1] if number else 0, self._past_chunk[number]
-        chunks = tuple(self._chunks[begin:end])
-        box = hull([Box(chunk.start, chunk.size) for chunk in chunks])
+        chunks = self._chunks_of(number)
+        box = _hull(chunks)
         return Stream(self._names[number], self._dtypes[number], box, chunks, partial(self._pieces, number, box))
+
+    def has_pieces(self, number: int) -> bool:
+        """Whether a stream has a place on the Hugging Face side."""
+        box = _hull(self._chunks_of(number))
+        return any(restrict(tile, box, mcore=True) for tile in self._tiles_of(number))
+
+    def _chunks_of(self, number: int) -> tuple[Chunk, ...]:
+        return tuple(self._chunks[self._past_chunk[number - 1] if number else 0 : self._past_chunk[number]])
+
+    def _tiles_of(self, number: int) -> Iterator[Tile]:
+        begin = self._past_tile[number - 1] if number else 0
+        return map(self._tiles.__getitem__, self._tile_numbers[begin : self._past_tile[number]])
 
     def _pieces(self, number: int, box: Box) -> tuple[Piece, ...]:
         pieces: list[Piece] = []
-        for place in range(self._past_tile[number - 1] if number else 0, self._past_tile[number]):
-            for cut in restrict(self._tiles[self._tile_numbers[place]], box, mcore=True):
+        for tile in self._tiles_of(number):
+            for cut in restrict(tile, box, mcore=True):
                 source = self._hf[cut.hf.tensor]
                 if len(source.chunks) == 1:
                     pieces.append(Piece(cut, source.chunks[0]))
                 else:
                     pieces += self._finders[cut.hf.tensor].pieces(cut)
         return tuple(pieces)
+
+
+def _hull(chunks: tuple[Chunk, ...]) -> Box:
+    if len(chunks) == 1:  # so that of most streams only this box is made
+        return Box(chunks[0].start, chunks[0].size)
+    return hull([Box(chunk.start, chunk.size) for chunk in chunks])
 
 
 class Streams(Sequence[Stream]):
@@ -211,7 +228,7 @@ class Streams(Sequence[Stream]):
 
     def with_pieces(self) -> Streams:
         """Those that have a place on the Hugging Face side."""
-        return Streams(self._table, array("I", (number for number in self._order if self._table.make(number).pieces)))
+        return Streams(self._table, array("I", (number for number in self._order if self._table.has_pieces(number))))
 
 
 def _with_whole_combs(

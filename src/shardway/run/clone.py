@@ -45,9 +45,9 @@ class Cloner:
         if not self.supported or (offset - place) % BLOCK_BYTES or length <= 0:
             return num_bytes, num_bytes
         with self._source.opened(source) as read, self._target.opened(target) as written:
-            argument = struct.pack("qQQQ", read, offset + begin, length, place + begin)
+            argument = struct.pack("qQQQ", read.descriptor, offset + begin, length, place + begin)
             try:
-                fcntl.ioctl(written, _FICLONERANGE, argument)
+                fcntl.ioctl(written.descriptor, _FICLONERANGE, argument)
             except OSError:
                 self.supported = False
                 return num_bytes, num_bytes

@@ -7,24 +7,33 @@ import threading
 from array import array
 from collections import Counter, deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol, overload
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.run.team import Team
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
+    from contextlib import AbstractContextManager
 
     from shardway.plans.model import Stream
 
 _BATCH_BYTES = 64 * 2**20
+_PORTION_BYTES = 32 * 2**20
+_PORTION = 64  # streams
 
 
-class Worker(Protocol):
-    """What a thread does with a stream."""
+class Worker:
+    """What a thread does with streams."""
+
+    def prepared(self, streams: Sequence[Stream]) -> AbstractContextManager[None]:  # noqa: ARG002
+        """The context in which these streams will be moved, for who saves time by looking at several at once."""
+        return nullcontext()
 
     def move(self, stream: Stream) -> None:
         """Work through one stream."""
+        raise NotImplementedError
 
 
 class Batch(NamedTuple):
@@ -80,6 +89,9 @@ class Selection(Sequence["Stream"]):
             return Selection(self._streams, self._places[place])
         return self._streams[self._places[place]]
 
+    def __iter__(self) -> Iterator[Stream]:
+        return map(self._streams.__getitem__, self._places)
+
 
 def first_chunk(stream: Stream) -> tuple[str, ...]:
     """The file of a stream's first chunk."""
@@ -117,6 +129,21 @@ def batches(streams: Sequence[Stream], written_to: Callable[[Stream], tuple[str,
         for number, group in enumerate(groups)
         if group
     ]
+
+
+def _portions(streams: Iterable[Stream]) -> Iterator[list[Stream]]:
+    """Streams that one thread prepares at once: so many small ones, or a large one alone."""
+    portion: list[Stream] = []
+    num_bytes = 0
+    for stream in streams:
+        size = stream.num_bytes
+        if portion and (num_bytes + size > _PORTION_BYTES or len(portion) == _PORTION):
+            yield portion
+            portion, num_bytes = [], 0
+        portion.append(stream)
+        num_bytes += size
+    if portion:
+        yield portion
 
 
 class Engine:
@@ -161,10 +188,12 @@ class Engine:
     def _work(self) -> None:
         worker = self._make_worker()
         while (batch := self._next()) is not None:
-            for stream in batch.streams:
-                if self._team.stopped.is_set():
-                    return
-                worker.move(stream)
+            for streams in _portions(batch.streams):
+                with worker.prepared(streams):
+                    for stream in streams:
+                        if self._team.stopped.is_set():
+                            return
+                        worker.move(stream)
             self._done(batch)
 
     def _next(self) -> Batch | None:

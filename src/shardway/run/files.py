@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 from shardway.core.errors import Code, Problem, ShardwayError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -20,14 +20,59 @@ WRITE_BYTES = 2**19 - 2**12  # of a call: for more the kernel wants memory in la
 _MOST_OPEN = 400  # on either side; a process may often open 1,024
 
 
-class _Opened:
-    """An open file and how many threads are using it."""
+class OpenFile:
+    """A file that stays open as long as it has users.
 
-    __slots__ = ("descriptor", "num_users")
+    Attributes:
+        path: Where it is.
+        descriptor: What it is open as.
+        num_users: Threads that are using it.
+    """
 
-    def __init__(self, descriptor: int) -> None:
+    __slots__ = ("descriptor", "num_users", "path")
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self.path = path
         self.descriptor = descriptor
         self.num_users = 0
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill `view` with the bytes at `offset`.
+
+        Raises:
+            ShardwayError: `io-failed`, or `source-changed` when the file ends first.
+        """
+        done = 0
+        try:
+            while done < len(view):
+                got = os.preadv(self.descriptor, [view[done:] if done else view], offset + done)
+                if not got:
+                    raise ShardwayError(
+                        Problem(
+                            code=Code.SOURCE_CHANGED,
+                            what=f"{self.path.name} ended while it was being read",
+                            file=self.path,
+                            facts=(f"wanted {len(view)} bytes at offset {offset}, got {done}",),
+                            cure="it was truncated after the run began; run the command again",
+                        )
+                    )
+                done += got
+        except OSError as error:
+            raise _failure(f"read {len(view)} bytes at {offset}", self.path, error) from error
+
+    def write_from(self, view: memoryview | bytes, offset: int) -> None:
+        """Write all of `view` at `offset`.
+
+        Raises:
+            ShardwayError: `io-failed`, or `no-space`.
+        """
+        done = 0
+        try:
+            while done < len(view):
+                part = view if len(view) <= WRITE_BYTES and not done else memoryview(view)[done : done + WRITE_BYTES]
+                done += os.pwrite(self.descriptor, part, offset + done)
+        except OSError as error:
+            raise _failure(f"write {len(view)} bytes at {offset}", self.path, error) from error
 
 
 class Files:
@@ -41,7 +86,7 @@ class Files:
     def __init__(self, root: Path, *, writable: bool = False) -> None:
         self.root = root
         self._flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
-        self._opened: dict[str, _Opened] = {}  # by rising time of last use
+        self._opened: dict[str, OpenFile] = {}  # by rising time of last use
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -86,7 +131,7 @@ class Files:
             del self._opened[name]
         self._close(name, file)
 
-    def _close(self, name: str, file: _Opened) -> None:
+    def _close(self, name: str, file: OpenFile) -> None:
         try:
             os.close(file.descriptor)
         except OSError as error:
@@ -94,30 +139,42 @@ class Files:
                 raise _failure(f"close {name}", self.root / name, error) from error
 
     @contextlib.contextmanager
-    def opened(self, name: str) -> Iterator[int]:
-        """The descriptor of a file; it stays open afterwards, until too many others are.
+    def opened(self, name: str) -> Iterator[OpenFile]:
+        """A file, open; it stays so afterwards, until too many others are.
 
         Raises:
             ShardwayError: `io-failed` when it can't be opened.
         """
         file = self._take(name)
         try:
-            yield file.descriptor
+            yield file
         finally:
             self._give_back(file)
 
-    def _take(self, name: str) -> _Opened:
+    @contextlib.contextmanager
+    def all_opened(self, names: Iterable[str]) -> Iterator[dict[str, OpenFile]]:
+        """Several files by name, as `opened`."""
+        files: dict[str, OpenFile] = {}
+        try:
+            for name in names:
+                files[name] = self._take(name)
+            yield files
+        finally:
+            for file in files.values():
+                self._give_back(file)
+
+    def _take(self, name: str) -> OpenFile:
         with self._lock:
             file = self._opened.pop(name, None)
             if file is None:
                 self._close_idle()
                 with failing(f"open {name}", self.root / name):
-                    file = _Opened(os.open(self.root / name, self._flags))
+                    file = OpenFile(self.root / name, os.open(self.root / name, self._flags))
             self._opened[name] = file
             file.num_users += 1
         return file
 
-    def _give_back(self, file: _Opened) -> None:
+    def _give_back(self, file: OpenFile) -> None:
         with self._lock:
             file.num_users -= 1
 
@@ -129,48 +186,14 @@ class Files:
                 self._close(idle, self._opened.pop(idle))
 
     def read_into(self, name: str, view: memoryview, offset: int) -> None:
-        """Fill `view` with the bytes at `offset` of a file.
-
-        Raises:
-            ShardwayError: `io-failed`, or `source-changed` when the file ends first.
-        """
-        file = self._take(name)
-        done = 0
-        try:
-            while done < len(view):
-                got = os.preadv(file.descriptor, [view[done:] if done else view], offset + done)
-                if not got:
-                    raise ShardwayError(
-                        Problem(
-                            code=Code.SOURCE_CHANGED,
-                            what=f"{name} ended while it was being read",
-                            file=self.root / name,
-                            facts=(f"wanted {len(view)} bytes at offset {offset}, got {done}",),
-                            cure="it was truncated after the run began; run the command again",
-                        )
-                    )
-                done += got
-        except OSError as error:
-            raise _failure(f"read {len(view)} bytes at {offset}", self.root / name, error) from error
-        finally:
-            self._give_back(file)
+        """Fill `view` with the bytes at `offset` of a file; as `OpenFile.read_into`."""
+        with self.opened(name) as file:
+            file.read_into(view, offset)
 
     def write_from(self, name: str, view: memoryview | bytes, offset: int) -> None:
-        """Write all of `view` at `offset` of a file.
-
-        Raises:
-            ShardwayError: `io-failed`, or `no-space`.
-        """
-        file = self._take(name)
-        done = 0
-        try:
-            while done < len(view):
-                part = view if len(view) <= WRITE_BYTES and not done else memoryview(view)[done : done + WRITE_BYTES]
-                done += os.pwrite(file.descriptor, part, offset + done)
-        except OSError as error:
-            raise _failure(f"write {len(view)} bytes at {offset}", self.root / name, error) from error
-        finally:
-            self._give_back(file)
+        """Write all of `view` at `offset` of a file; as `OpenFile.write_from`."""
+        with self.opened(name) as file:
+            file.write_from(view, offset)
 
     def sync(self, name: str) -> None:
         """Force a file's bytes to the device.
@@ -178,8 +201,8 @@ class Files:
         Raises:
             ShardwayError: `io-failed`, or `no-space`.
         """
-        with self.opened(name) as descriptor, failing("fsync", self.root / name):
-            os.fsync(descriptor)
+        with self.opened(name) as file, failing("fsync", file.path):
+            os.fsync(file.descriptor)
 
 
 @contextlib.contextmanager

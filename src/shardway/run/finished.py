@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 
 def files_of(plan: Plan, stream: Stream) -> tuple[str, ...]:
     """The destination files that a stream is written to, in order."""
-    if plan.direction is Direction.IMPORT:
-        return tuple(dict.fromkeys(chunk.file for chunk in stream.chunks))
-    return tuple(dict.fromkeys(piece.hf.file for piece in stream.pieces))
+    chunks = stream.chunks if plan.direction is Direction.IMPORT else [piece.hf for piece in stream.pieces]
+    return (chunks[0].file,) if len(chunks) == 1 else tuple(dict.fromkeys([chunk.file for chunk in chunks]))
 
 
 def unfinished(plan: Plan, finished: Collection[str]) -> Sequence[Stream]:

@@ -14,7 +14,7 @@ from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.plans.model import Direction
 from shardway.plans.requantised import scale_of
 from shardway.run.blocks import read_pieces
-from shardway.run.engine import Engine, batches
+from shardway.run.engine import Engine, Worker, batches
 from shardway.run.files import Files
 from shardway.run.fp8 import Blocks, quantise
 from shardway.run.losses import Exactness, Losses
@@ -35,7 +35,7 @@ _VALUES = 2**19  # of a band that is read at once: rows of blocks, at least one
 _AT_ONCE = 2**17  # that are quantised at once, which takes some 60 bytes for each
 
 
-class Requantiser:
+class Requantiser(Worker):
     """Quantises tensors; any thread may use it.
 
     Args:

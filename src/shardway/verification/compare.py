@@ -11,7 +11,7 @@ from shardway.core.tiles import identity
 from shardway.formats.huggingface import open_huggingface
 from shardway.formats.torch_dist import open_torch_dist
 from shardway.plans.model import Direction, Plan
-from shardway.run.engine import Engine, batches
+from shardway.run.engine import Engine, Worker, batches
 from shardway.run.files import Files
 from shardway.run.progress import Meter
 
@@ -178,7 +178,7 @@ class _Findings:
             self.damaged += problems
 
 
-class _Comparer:
+class _Comparer(Worker):
     """Compares streams on one thread."""
 
     def __init__(
@@ -255,10 +255,9 @@ def _max_abs(left: Array, right: Array, dtype: DType) -> float:
     import numpy as np
 
     kind = dtype.numpy()
-    if kind.kind == "c":
-        return float(np.max(np.abs(left.view(kind) - right.view(kind))))
+    wide = np.complex128 if kind.kind == "c" else np.float64
     with np.errstate(invalid="ignore", over="ignore"):
-        return float(np.max(np.abs(left.view(kind).astype(np.float64) - right.view(kind).astype(np.float64))))
+        return float(np.max(np.abs(left.view(kind).astype(wide) - right.view(kind).astype(wide))))
 
 
 def _larger(left: float, right: float) -> float:

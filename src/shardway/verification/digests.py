@@ -6,7 +6,7 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from shardway.plans.streams import build_streams
-from shardway.run.engine import Batch, Engine
+from shardway.run.engine import Batch, Engine, Worker
 from shardway.run.files import Files
 from shardway.run.progress import Meter
 
@@ -44,7 +44,7 @@ def tensor_digests(
     return {name: hasher.hexdigest() for name, hasher in hashers.items()}
 
 
-class _Digester:
+class _Digester(Worker):
     """Feeds the slabs of a tensor, in order, to its hasher."""
 
     def __init__(self, files: Files, hashers: dict[str, hashlib._Hash], advance: Callable[[int], None]) -> None:

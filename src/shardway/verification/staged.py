@@ -14,7 +14,7 @@ from shardway.core.tensors import Catalog
 from shardway.core.tiles import Tile
 from shardway.plans.model import Direction
 from shardway.plans.streams import build_streams, frame
-from shardway.run.engine import Engine, Selection, batches
+from shardway.run.engine import Engine, Selection, Worker, batches
 from shardway.run.files import Files
 from shardway.run.finished import files_of
 from shardway.run.journal import Finished
@@ -103,7 +103,7 @@ def _damaged_imports(
     return checker.damaged
 
 
-class _Checker:
+class _Checker(Worker):
     """Reads the chunks of an import back; any thread may use it."""
 
     def __init__(

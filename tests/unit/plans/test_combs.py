@@ -17,7 +17,7 @@ from shardway.families.config import HFConfig
 from shardway.families.mapping import map_model
 from shardway.plans.combs import Grid, complete, keep_whole
 from shardway.run import blocks
-from shardway.run.files import Files
+from shardway.run.files import OpenFile
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -83,19 +83,19 @@ def test_interleaved_experts_take_few_reads_and_writes(tmp_path: Path) -> None:
     model, weights = write_gpt_oss(tmp_path / "hf")
     writes: list[int] = []
     reads: list[int] = []
-    write, read = Files.write_from, Files.read_into
+    write, read = OpenFile.write_from, OpenFile.read_into
 
-    def write_from(self: Files, name: str, view: memoryview | bytes, offset: int) -> None:
+    def write_from(self: OpenFile, view: memoryview | bytes, offset: int) -> None:
         writes.append(len(view))
-        write(self, name, view, offset)
+        write(self, view, offset)
 
-    def read_into(self: Files, name: str, view: memoryview, offset: int) -> None:
+    def read_into(self: OpenFile, view: memoryview, offset: int) -> None:
         reads.append(len(view))
-        read(self, name, view, offset)
+        read(self, view, offset)
 
     with (
-        mock.patch.object(Files, "write_from", write_from),
-        mock.patch.object(Files, "read_into", read_into),
+        mock.patch.object(OpenFile, "write_from", write_from),
+        mock.patch.object(OpenFile, "read_into", read_into),
         mock.patch.object(blocks, "BLOCK_BYTES", 1024),
     ):
         shardway.import_hf(model, tmp_path / "megatron", fsync=False)

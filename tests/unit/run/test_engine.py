@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import TYPE_CHECKING
 
@@ -13,10 +14,10 @@ from shardway.core.errors import Code, Problem, ShardwayError
 from shardway.core.tensors import Chunk
 from shardway.plans.model import Stream
 from shardway.run import engine
-from shardway.run.engine import Batch, Engine, batches, parse_workers
+from shardway.run.engine import Batch, Engine, Worker, batches, parse_workers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
 
 def stream(file: str, number: int, num_bytes: int = 1) -> Stream:
@@ -24,9 +25,12 @@ def stream(file: str, number: int, num_bytes: int = 1) -> Stream:
     return Stream(f"{file}.{number}", UINT8, box, (Chunk((0,), (num_bytes,), file, number),), tuple)
 
 
-class Worker:
+class Doing(Worker):
     def __init__(self, work: Callable[[Stream], None]) -> None:
-        self.move = work
+        self._work = work
+
+    def move(self, stream: Stream) -> None:
+        self._work(stream)
 
 
 def test_batches_keep_the_order_within_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +74,7 @@ def test_everything_is_done_once_and_every_batch_is_told_of_when_it_is_done(num_
         with lock:
             told.append((batch.file, sum(name.startswith(batch.file) for name in done)))
 
-    Engine(work, lambda: Worker(move), num_workers, written).run()
+    Engine(work, lambda: Doing(move), num_workers, written).run()
     assert sorted(done) == sorted(s.tensor for batch in work for s in batch.streams)
     assert sorted(file for file, _ in told) == sorted("abc" * 20)
     for file in "abc":  # when a file is told of for the n-th time, at least n of its batches are done
@@ -80,7 +84,7 @@ def test_everything_is_done_once_and_every_batch_is_told_of_when_it_is_done(num_
 
 
 def test_nothing_to_do() -> None:
-    Engine([], lambda: Worker(lambda _: None), 4).run()
+    Engine([], lambda: Doing(lambda _: None), 4).run()
 
 
 def test_threads_prefer_files_of_their_own() -> None:
@@ -100,7 +104,7 @@ def test_threads_prefer_files_of_their_own() -> None:
             current.clear()
         together.wait()
 
-    Engine(work, lambda: Worker(move), 2).run()
+    Engine(work, lambda: Doing(move), 2).run()
     assert pairs == [{"a", "b"}] * 10
 
 
@@ -118,7 +122,7 @@ def test_the_last_files_are_worked_on_in_turns() -> None:
         with lock:
             pairs[-1].append(found.chunks[0].file)
 
-    Engine(work, lambda: Worker(move), 2).run()
+    Engine(work, lambda: Doing(move), 2).run()
     assert len(pairs) == 12
     assert all(len(set(pair)) == 2 for pair in pairs)
 
@@ -126,7 +130,7 @@ def test_the_last_files_are_worked_on_in_turns() -> None:
 def test_one_thread_finishes_a_file_before_it_begins_another() -> None:
     work = [Batch(file, (stream(file, k),)) for file in "abc" for k in range(3)]
     order: list[str] = []
-    Engine(work, lambda: Worker(lambda found: order.append(found.chunks[0].file)), 1).run()
+    Engine(work, lambda: Doing(lambda found: order.append(found.chunks[0].file)), 1).run()
     assert order == sorted(order)
 
 
@@ -143,7 +147,7 @@ def test_an_error_stops_the_others() -> None:
         moved.append(found.tensor)
 
     with pytest.raises(ShardwayError, match="broken"):
-        Engine(work, lambda: Worker(move), 2).run()
+        Engine(work, lambda: Doing(move), 2).run()
     assert len(moved) < 1000
 
 
@@ -156,8 +160,30 @@ def test_the_same_problem_is_told_once_and_others_beside_it() -> None:
 
     work = [Batch(file, (stream(file, 0),)) for file in "abc"]
     with pytest.raises(ShardwayError) as caught:
-        Engine(work, lambda: Worker(move), 3).run()
+        Engine(work, lambda: Doing(move), 3).run()
     assert sorted(problem.what for problem in caught.value.problems) == ["one", "other"]
+
+
+def test_small_streams_are_prepared_together_and_a_large_one_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_PORTION", 3)
+    monkeypatch.setattr(engine, "_PORTION_BYTES", 10)
+    events: list[object] = []
+
+    class Preparing(Worker):
+        @contextlib.contextmanager
+        def prepared(self, streams: Sequence[Stream]) -> Iterator[None]:
+            events.append([found.chunks[0].offset for found in streams])
+            yield
+            events.append("done")
+
+        def move(self, stream: Stream) -> None:
+            events.append(stream.chunks[0].offset)
+
+    sizes = [1, 1, 1, 1, 4, 9, 50, 10, 0]
+    streams = [stream("a", number, size) for number, size in enumerate(sizes)]
+    Engine([Batch("a", streams[:6]), Batch("a", streams[6:])], Preparing, 1).run()
+    portions = [[0, 1, 2], [3, 4], [5], [6], [7, 8]]
+    assert events == [event for portion in portions for event in (portion, *portion, "done")]
 
 
 def test_a_defect_is_not_hidden_by_a_problem() -> None:
@@ -170,7 +196,7 @@ def test_a_defect_is_not_hidden_by_a_problem() -> None:
         raise ShardwayError(Problem(code=Code.IO_FAILED, what="other"))
 
     with pytest.raises(ZeroDivisionError):
-        Engine([Batch(file, (stream(file, 0),)) for file in "ab"], lambda: Worker(move), 2).run()
+        Engine([Batch(file, (stream(file, 0),)) for file in "ab"], lambda: Doing(move), 2).run()
 
 
 def test_a_worker_that_can_not_be_made() -> None:

@@ -10,6 +10,7 @@ import pytest
 from tests.tiny import Tiny
 
 import shardway
+from shardway.run import files, mover
 
 if TYPE_CHECKING:
     from shardway import Progress
@@ -29,8 +30,8 @@ class Watch:
                 opened.append(Path(os.readlink(f"/proc/self/fd/{name}")))
             except FileNotFoundError:  # the directory that was listed
                 continue
-        files = [path for path in opened if path.suffix in {".distcp", ".safetensors"}]
-        self.most = max(self.most, sum(path.is_relative_to(self.root) for path in files))
+        found = [path for path in opened if path.suffix in {".distcp", ".safetensors"}]
+        self.most = max(self.most, sum(path.is_relative_to(self.root) for path in found))
 
 
 @pytest.mark.parametrize("direction", ["import", "export"])
@@ -44,3 +45,15 @@ def test_finished_files_are_closed_while_others_are_written(direction: str, tmp_
         shardway.export_hf(mcore, tmp_path / "out/hf", fsync=False, workers=1, max_shard_size=400, progress=watch)
     assert len([*watch.root.rglob("*.distcp"), *watch.root.rglob("*.safetensors")]) > 4
     assert 1 <= watch.most <= 2  # a stream may be written to two
+
+
+def test_few_files_of_the_source_are_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many ranks have written a checkpoint, and however small its tensors are."""
+    monkeypatch.setattr(files, "_MOST_OPEN", 1)
+    monkeypatch.setattr(mover, "_FILES_AHEAD", 4)
+    hf, mcore = Tiny(layers=4).write(tmp_path / "hf"), tmp_path / "mcore"
+    shardway.import_hf(hf, mcore, fsync=False, max_file_size=1)
+    assert len([*mcore.rglob("*.distcp")]) > 20
+    watch = Watch(mcore)
+    shardway.export_hf(mcore, tmp_path / "out", fsync=False, workers=1, progress=watch)
+    assert 2 <= watch.most <= 4

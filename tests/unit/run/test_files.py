@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import threading
@@ -50,9 +49,9 @@ def test_a_file_is_closed_unless_it_is_in_use(tmp_path: Path, monkeypatch: pytes
     before = len(os.listdir("/proc/self/fd"))
     with Files(tmp_path, writable=True) as files:
         files.close_unused("f")  # not open
-        with files.opened("f") as descriptor:
+        with files.opened("f") as file:
             files.close_unused("f")
-            assert os.pread(descriptor, 4, 0) == bytes(4)
+            assert os.pread(file.descriptor, 4, 0) == bytes(4)
         files.close_unused("f")
         assert len(os.listdir("/proc/self/fd")) == before
         files.write_from("f", b"late", 0)
@@ -122,11 +121,15 @@ def test_no_more_are_open_than_a_process_may_have(tmp_path: Path, monkeypatch: p
                 files.read_into(str(number), memoryview(read), 0)
                 assert set(read) == {number}
                 assert len(os.listdir("/proc/self/fd")) <= before + 4
-            assert os.pread(kept, 8, 0) == bytes(8)
-        with contextlib.ExitStack() as stack:  # what is in use is not closed, however many there are
-            descriptors = [stack.enter_context(files.opened(str(number))) for number in range(8)]
-            for number, descriptor in enumerate(descriptors):
-                assert os.pread(descriptor, 1, 0) == bytes([number])
+            assert os.pread(kept.descriptor, 8, 0) == bytes(8)
+        with files.all_opened(map(str, range(8))) as several:  # what is in use is not closed, however many there are
+            for number in range(8):
+                assert os.pread(several[str(number)].descriptor, 1, 0) == bytes([number])
+        with pytest.raises(ShardwayError), files.all_opened(["1", "missing"]):
+            pass
+        files.close_unused("1")  # it was given back
+        files.close()
+        assert len(os.listdir("/proc/self/fd")) == before
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -158,9 +161,9 @@ def test_files_are_opened_once_and_closed(tmp_path: Path, monkeypatch: pytest.Mo
     before = len(os.listdir("/proc/self/fd"))
     with Files(tmp_path) as files:
         with files.opened("f") as first:
-            assert os.get_inheritable(first) is False
+            assert os.get_inheritable(first.descriptor) is False
         with files.opened("f") as again:
-            assert again == first
+            assert again is first
         assert len(os.listdir("/proc/self/fd")) == before + 1
     assert len(os.listdir("/proc/self/fd")) == before
 
