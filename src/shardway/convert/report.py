@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -59,4 +58,6 @@ class ConversionReport(NamedTuple):
 
     def to_dict(self) -> dict[str, object]:
         """The report as JSON-ready data."""
+        import copy
+
         return copy.deepcopy(self._asdict())

@@ -13,7 +13,6 @@ from shardway.run.clone import Cloner
 from shardway.run.engine import Engine, batches
 from shardway.run.files import Files
 from shardway.run.finished import FinishedFiles, files_of, unfinished
-from shardway.run.flusher import Flusher
 from shardway.run.losses import Losses
 from shardway.run.mover import Mover
 from shardway.run.waves import Wave, in_waves
@@ -127,6 +126,8 @@ def execute(
                 losses.exactness = requantiser.exactness
 
         if staging.sync:
+            from shardway.run.flusher import Flusher
+
             with Flusher(written) as flusher:
                 run()
                 flusher.finish(target.name for target in plan.targets)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import random
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 import xxhash
@@ -80,6 +78,8 @@ def check_recorded(path: Path, num_workers: int, progress: Callable[[Progress], 
         ShardwayError: `record-missing`; `record-invalid` when the record itself was damaged; `tracker-invalid` and the
             like when there is no such checkpoint.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     if path.is_dir() and not is_megatron(path) and not (path / RECORD_FILE).exists():
         raise _no_record(path, "only Megatron checkpoints that shardway wrote have one")
     folder = find_iteration(path)
@@ -171,6 +171,8 @@ def check_sample(
 
     *Ranks*: local.
     """
+    import random
+
     record = read_record(checkpoint.root)
     if record is None:
         return 0
