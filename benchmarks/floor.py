@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import mmap
 import os
 import sys
 from functools import partial
@@ -12,7 +11,7 @@ from pathlib import Path
 import xxhash
 
 from shardway.run.engine import parse_workers
-from shardway.run.files import Files
+from shardway.run.files import Files, page_buffer
 from shardway.run.mover import BUFFER_BYTES
 from shardway.run.team import Team
 
@@ -32,7 +31,7 @@ def main() -> None:
 
 def copy(read: Files, written: Files, sizes: dict[str, int], begin: int, end: int) -> None:
     """Copy the bytes from `begin` to `end` of all files one after the other."""
-    buffer = memoryview(mmap.mmap(-1, BUFFER_BYTES))  # begins with a page: copies to and from elsewhere may be slow
+    buffer = page_buffer(BUFFER_BYTES)
     hasher = xxhash.xxh3_128()
     first = 0
     for name, size in sizes.items():

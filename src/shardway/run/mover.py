@@ -19,7 +19,7 @@ from shardway.core.tiles import linearise, runs
 from shardway.plans.model import Direction
 from shardway.plans.streams import frame
 from shardway.run.engine import Worker
-from shardway.run.files import WRITE_BYTES
+from shardway.run.files import WRITE_BYTES, page_buffer
 from shardway.run.losses import Losses
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Mover(Worker):
         self._advance = advance
         self._expected = expected
         self._cloner = cloner
-        self._memory = memoryview(mmap.mmap(-1, BUFFER_BYTES + 2 * _NEAR_BYTES))  # begins with a page
+        self._memory = page_buffer(BUFFER_BYTES + 2 * _NEAR_BYTES)
         self._ready: list[tuple[Stream, list[Run] | None, Iterable[Round] | None]] = []  # the next one last
         # Of chunks that were written, by the file that they are in.
         self.digests: dict[str, dict[tuple[str, Shape], str]] = {}

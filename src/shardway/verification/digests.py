@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from shardway.plans.streams import build_streams
 from shardway.run.engine import Batch, Engine, Worker
-from shardway.run.files import Files
+from shardway.run.files import Files, page_buffer
 from shardway.run.progress import Meter
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class _Digester(Worker):
         self._files = files
         self._hashers = hashers
         self._advance = advance
-        self._buffer = memoryview(bytearray(_READ_BYTES))
+        self._buffer = page_buffer(_READ_BYTES)
 
     def move(self, stream: Stream) -> None:
         hasher = self._hashers[stream.tensor]

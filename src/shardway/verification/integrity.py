@@ -24,7 +24,7 @@ from shardway.formats.iterations import (
 from shardway.formats.record import RECORD_FILE, read_record
 from shardway.formats.small_files import read_small_file
 from shardway.formats.torch_file import find_framed, read_tensor_blob
-from shardway.run.files import Files
+from shardway.run.files import Files, page_buffer
 from shardway.run.mover import digest_mismatch
 from shardway.run.progress import Meter
 from shardway.verification.opening import is_megatron
@@ -187,7 +187,7 @@ def check_sample(
     problems: list[Problem] = []
     checked = 0
     with Files(checkpoint.root) as files:
-        buffer = memoryview(bytearray(_STEP_BYTES))
+        buffer = page_buffer(_STEP_BYTES)
         for tensor, chunk in chunks:
             num_bytes = tensor.dtype.num_bytes(math.prod(chunk.size))
             if checked + num_bytes > max_bytes:
@@ -300,7 +300,7 @@ class _Checker:
         """Read a file from its first byte to its last: elements of chunks to digests of their own, the rest to one."""
         problems: list[Problem] = []
         around = xxhash.xxh3_128()
-        buffer = memoryview(bytearray(min(_STEP_BYTES, recorded.num_bytes)))
+        buffer = page_buffer(max(1, min(_STEP_BYTES, recorded.num_bytes)))
         at = 0
 
         def read(end: int, hasher: xxhash.xxh3_128) -> None:

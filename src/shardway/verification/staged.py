@@ -15,7 +15,7 @@ from shardway.core.tiles import Tile
 from shardway.plans.model import Direction
 from shardway.plans.streams import build_streams, frame
 from shardway.run.engine import Engine, Selection, Worker, batches
-from shardway.run.files import Files
+from shardway.run.files import Files, page_buffer
 from shardway.run.finished import files_of
 from shardway.run.journal import Finished
 from shardway.run.progress import Meter
@@ -135,7 +135,7 @@ class _Checker(Worker):
 
     def _digest(self, name: str, offset: int, num_bytes: int) -> str:
         if not hasattr(self._buffers, "view"):
-            self._buffers.view = memoryview(bytearray(_READ_BYTES))
+            self._buffers.view = page_buffer(_READ_BYTES)
         hasher = xxhash.xxh3_128()
         for low in range(0, num_bytes, _READ_BYTES):
             view = self._buffers.view[: min(_READ_BYTES, num_bytes - low)]
