@@ -142,7 +142,9 @@ def test_twenty_imports_are_one(
 
     for which in range(20):
         processes.start(lambda which=which: convert(which))  # type: ignore[misc]
-    ends = [end["returned"] for end in processes.ends()]
+    found = processes.ends()
+    assert all("returned" in end for end in found), found
+    ends = [end["returned"] for end in found]
     assert [end["reused"] for end in ends].count(False) == 1
     (winner,) = [end for end in ends if not end["reused"]]
     assert winner["said"] == []

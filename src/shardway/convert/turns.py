@@ -45,11 +45,12 @@ def take_turn(
         key: What tells this conversion from others to the same place: of its source, its options, its plan.
         doing: What will be done, in a word, for others to see.
         wait: Whether to wait for another process that does the same.
-        done: Whether the destination is by now what was wanted; asked while waiting.
+        done: Whether the destination is by now what was wanted; asked while another process has the lease.
         progress: Told who is waited for.
 
     Returns:
-        The lease; None when another process has done what was wanted.
+        The lease; None when another process has done what was wanted, even if yet another one, which may want something
+        else, has the lease by now.
 
     Raises:
         ShardwayError: `destination-busy` when another process is at work there and it does something else, or `wait`
@@ -76,11 +77,11 @@ def take_turn(
             watch = Watch()
             continue
         if seen.sign.nonce:
-            if life is Life.ALIVE and not (wait and seen.sign.key == key):
-                raise _busy(destination, seen, same=seen.sign.key == key)
-            waited = seen.sign.key == key
-            if waited and done():
+            if wait and done():  # whoever is at work now
                 return None
+            waited = seen.sign.key == key
+            if life is Life.ALIVE and not (wait and waited):
+                raise _busy(destination, seen, same=waited)
         if progress is not None and seen.sign.nonce:
             progress(Progress("wait", 0, 0, f"{seen.sign}, {time.monotonic() - began:.0f} s"))
         time.sleep(pause)

@@ -222,23 +222,30 @@ class Lease:
         remove_tree(self.files)
         remove_tree(self.files.with_name(f"{self.files.name}{_OLD}"))
         self._pulse.stop()
-        if self._pulse.path.exists():
+        if self._pulse.path.exists() and not self._give_back():
             with contextlib.suppress(OSError):
-                self._pulse.end()  # should removing it fail, nobody has to wait for it
-            for _ in range(_TRIES):
-                try:
-                    # The lease itself last: as long as it is there, others wait.
-                    for name in sorted(os.listdir(self.directory), key=lambda name: name.startswith(_LEASE)):
-                        (self.directory / name).unlink(missing_ok=True)
-                    self.directory.rmdir()
-                except FileNotFoundError:
-                    break
-                except OSError:
-                    continue
-                break
+                self._pulse.end()  # nobody has to wait for what can't be removed
         for directory in reversed(self.made):
             with contextlib.suppress(OSError):
                 directory.rmdir()  # succeeds only when it is empty
+
+    def _give_back(self) -> bool:
+        """Remove the directory of the lease, unless another process has it by now; False where that fails."""
+        for _ in range(_TRIES):
+            try:
+                for name in os.listdir(self.directory):
+                    if not name.startswith(_LEASE):
+                        (self.directory / name).unlink(missing_ok=True)
+                # The lease itself last: as long as it is there, others wait. It is theirs from then on.
+                self._pulse.path.unlink()
+            except FileNotFoundError:
+                return True
+            except OSError:
+                continue
+            with contextlib.suppress(OSError):  # who has made another lease of the empty directory keeps it
+                self.directory.rmdir()
+            return True
+        return False
 
     def _make(self, new: Path) -> None:
         """Make the directory of the lease under another name, and the directories above it."""
