@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 import traceback
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,7 +18,9 @@ from tests.tiny import Tiny, bits, read_distcp, read_safetensors, same
 
 import shardway
 from shardway.cli.progress import progress_display
+from shardway.convert.turns import take_turn
 from shardway.run import cleaning, pulse
+from shardway.run.lease import Lease
 from shardway.run.mover import Mover
 
 if TYPE_CHECKING:
@@ -207,6 +210,21 @@ def test_whoever_does_not_wait_gets_a_clear_error(
     assert processes.ends() == [{"returned": False}]
     assert same(read_distcp(tmp_path / "m"), MODEL.megatron(MODEL.weights()))
     assert os.listdir(tmp_path / "m").count(".iter_0000000.shardway-staging") == 0
+
+
+@pytest.mark.parametrize(("wait", "done"), [(True, True), (True, False), (False, True)])
+def test_what_is_wanted_and_there_is_used_whoever_is_at_work(wait: bool, done: bool, tmp_path: Path) -> None:
+    """One that can't use it may have the lease just then, to find that out."""
+    other = Lease.create(tmp_path / "m", key="other", doing="test")
+    assert other is not None
+    with other:
+        ask = partial(take_turn, tmp_path / "m", key="mine", doing="test", wait=wait, done=lambda: done, progress=None)
+        if wait and done:
+            assert ask() is None
+            return
+        with pytest.raises(shardway.ShardwayError) as caught:
+            ask()
+        assert caught.value.codes == {"destination-busy"}
 
 
 def test_many_of_two_sources_at_once(hf: Path, tmp_path: Path, processes: Processes) -> None:

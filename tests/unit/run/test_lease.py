@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -12,9 +12,6 @@ from shardway.core.errors import ShardwayError
 from shardway.run import pulse
 from shardway.run.lease import Lease, look, staging_directory
 from shardway.run.pulse import Life, Pulse, Sign, Watch, read_sign
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def create(destination: Path, key: str = "key") -> Lease:
@@ -145,6 +142,45 @@ def test_one_of_many_takes_it_over(tmp_path: Path) -> None:
     lease.check()
     assert (lease.files / "x").exists()
     lease.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nobody_takes_over_while_it_is_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Removing files may take its time; until the lease is gone its holder counts as alive."""
+    lease = create(tmp_path / "out")
+    lease.journal.touch()
+    real, seen = Path.unlink, []
+
+    def unlink(self: Path, missing_ok: bool = False) -> None:
+        seen.append(look(tmp_path / "out"))
+        real(self, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    lease.release()
+    assert [found is not None and found.sign.pid == os.getpid() and found.sign.beat >= 0 for found in seen] == [
+        True
+    ] * 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lease_that_is_made_while_another_one_is_released_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = create(tmp_path / "out")
+    real = Path.rmdir
+    made: list[Lease] = []
+
+    def rmdir(self: Path) -> None:
+        if self == lease.directory and not made:
+            made.append(create(tmp_path / "out"))
+        real(self)
+
+    monkeypatch.setattr(Path, "rmdir", rmdir)
+    lease.release()
+    (other,) = made
+    other.check()
+    assert other.files.is_dir()
+    other.release()
     assert list(tmp_path.iterdir()) == []
 
 
