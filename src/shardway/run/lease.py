@@ -236,16 +236,22 @@ class Lease:
                 for name in os.listdir(self.directory):
                     if not name.startswith(_LEASE):
                         (self.directory / name).unlink(missing_ok=True)
-                # The lease itself last: as long as it is there, others wait. It is theirs from then on.
-                self._pulse.path.unlink()
+                self._pulse.path.unlink()  # last: as long as it is there, others wait
             except FileNotFoundError:
-                return True
+                break
             except OSError:
                 continue
-            with contextlib.suppress(OSError):  # who has made another lease of the empty directory keeps it
+            break
+        else:
+            return False
+        for _ in range(_TRIES):
+            try:
                 self.directory.rmdir()
-            return True
-        return False
+            except OSError as error:
+                if error.errno not in {errno.ENOENT, *_TAKEN}:  # else another run has made a lease of it by now
+                    continue
+            break
+        return True
 
     def _make(self, new: Path) -> None:
         """Make the directory of the lease under another name, and the directories above it."""
