@@ -28,7 +28,7 @@ class Worker:
     """What a thread does with streams."""
 
     def prepared(self, streams: Sequence[Stream]) -> AbstractContextManager[None]:  # noqa: ARG002
-        """The context in which these streams will be moved, for who saves time by looking at several at once."""
+        """The context in which these streams will be moved; a worker may save time by looking at several at once."""
         return nullcontext()
 
     def move(self, stream: Stream) -> None:

@@ -34,9 +34,9 @@ BUFFER_BYTES = 4 * WRITE_BYTES
 _NEAR_BYTES = 64  # between places in a page; 31 or fewer are too near where it was measured
 _SHORT_RUN_BYTES = 4096
 _FEW_RUNS = 64
-_RUNS_AHEAD = 256  # of small streams, worked out together
-_FILES_AHEAD = 16  # that they need open; a large stream of its own may need
-_MOST_FILES = 128
+_RUNS_AHEAD = 256  # of streams that are prepared together
+_FILES_AHEAD = 16  # that such streams have open together
+_MOST_FILES = 128  # that a single stream has open; one that needs more is moved as blocks, which open one at a time
 _WORTH_SHARING_BYTES = 2**16  # smaller chunks are not aligned for it either
 
 
